@@ -1,0 +1,126 @@
+"""Stage `language`: X-Omni-Mini's language model learns to draw (caption -> codes) and to read (codes -> caption).
+
+One trajectory gives both checkpoints. Its first part shows it few drawing examples and many reading ones (`mini-weak` is taken
+there), the second part mostly drawing ones (`mini`). Nothing is frozen and no label is noisy.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from gvu.mini.pretrain import shapes
+from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit
+from gvu.mini.pretrain.pictures import pixels
+from gvu.mini.pretrain.words import INSTRUCTION
+from gvu.mini.render import scene_for
+from gvu.mini.splits import sample_train
+from gvu.models import attention
+from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
+from gvu.models.xomni.vision import VisionTokenizer
+
+DRAW_LENGTH, READ_TEXT = 24, 32
+UNCONDITIONAL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the trajectory: up to step `until`, `draw` drawing and `read` reading examples a step."""
+
+    until: int
+    draw: int
+    read: int
+
+
+def config_for(tokenizer: PreTrainedTokenizerFast) -> XOmniConfig:
+    """The mini language model's configuration; its text vocabulary is what the tokenizer has before `<MM-Token-0>`."""
+    text = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
+    return XOmniConfig(**shapes.LANGUAGE, vocab_size=text, mm_vocab_size=shapes.CODES + 16, image_vocab_size=shapes.CODES,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)  # fmt: skip
+
+
+class Layout:
+    """Token ids around the codes, the same as the adapter's."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.encode = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        rows, columns = shapes.GRID
+        self.frame = self.encode(f"<SOM>{rows} {columns}<IMAGE>")
+        content = f"<SOM>{rows} {columns}<IMAGE><EOM>\n{INSTRUCTION}"
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        ids = self.encode(chat)
+        cut = ids.index(tokenizer.convert_tokens_to_ids("<IMAGE>")) + 1
+        self.before, self.after = ids[:cut], ids[cut:]
+        self.end, self.pad, self.base = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<MM-Token-0>")
+
+    def draw(self, texts: Sequence[str | None], codes_S_A: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids, labels) of drawing examples, right-padded; a None text is the unconditional twin."""
+        heads = [([] if t is None else self.encode(t)) + self.frame for t in texts]
+        return self._rows([h for h in heads], codes_S_A, [[] for _ in texts], label_codes=True)
+
+    def read(self, texts: Sequence[str], codes_S_A: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids, labels) of reading examples; labels are the caption and the end of turn."""
+        return self._rows([self.before] * len(texts), codes_S_A, [self.encode(t) + [self.end] for t in texts], label_codes=False)
+
+    def _rows(self, heads: list[list[int]], codes_S_A: Tensor, tails: list[list[int]], label_codes: bool) -> tuple[Tensor, Tensor]:
+        images = (codes_S_A + self.base).tolist()
+        middle = [] if label_codes else self.after
+        rows = [h + i + middle + t for h, i, t in zip(heads, images, tails, strict=True)]
+        hidden = [len(r) - len(t) - (len(i) if label_codes else 0) for r, i, t in zip(rows, images, tails, strict=True)]
+        length = max(map(len, rows))
+        ids = torch.tensor([r + [self.pad] * (length - len(r)) for r in rows])
+        labels = [[-100] * k + r[k:] + [-100] * (length - len(r)) for r, k in zip(rows, hidden, strict=True)]
+        return ids, torch.tensor(labels)
+
+
+def batch_of(seed: int, step: int, count: int) -> tuple[list[str], Tensor]:
+    """Captions and pictures of `count` training scenes that depend on (seed, step) only."""
+    rng = np.random.default_rng((seed, step))
+    metadata: list[Mapping[str, Any]] = [sample_train(rng) for _ in range(count)]
+    return [m["prompt"] for m in metadata], pixels([scene_for(m, rng) for m in metadata])
+
+
+class Drawing:
+    """Loss of a step: mean nats per code when drawing plus mean nats per caption token when reading."""
+
+    def __init__(self, model: XOmniForCausalLM, vision: VisionTokenizer, layout: Layout, phases: Sequence[Phase], seed: int) -> None:
+        self.model, self.vision, self.layout, self.phases, self.seed = model, vision.eval(), layout, phases, seed
+        self.batch = Prefetch(lambda step: batch_of(seed, step, max(self.phase(step).draw, self.phase(step).read)))
+
+    def phase(self, step: int) -> Phase:
+        """The phase that `step` belongs to."""
+        return next(p for p in self.phases if step < p.until or p is self.phases[-1])
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        phase, (texts, images) = self.phase(step), self.batch(step)
+        with torch.no_grad():
+            codes = self.vision.encode(images.to(device())).cpu()
+        dropped = np.random.default_rng((self.seed, step, 1)).random(len(texts)) < UNCONDITIONAL
+        captions = [None if d else t for t, d in zip(texts, dropped, strict=True)]
+        draw = self._nats(*self.layout.draw(captions[: phase.draw], codes[: phase.draw]), text_only=False)
+        read = self._nats(*self.layout.read(texts[-phase.read :], codes[-phase.read :]), text_only=True)
+        return draw + read, {"draw": float(draw.detach()), "read": float(read.detach())}
+
+    def _nats(self, ids: Tensor, labels: Tensor, text_only: bool) -> Tensor:
+        ids, labels = ids.to(device()), labels.to(device())
+        hidden = self.model.hidden(ids, text_only=text_only).hidden[:, :-1]
+        kept = labels[:, 1:] >= 0
+        head = self.model.text_logits if text_only else self.model.image_logits
+        target = labels[:, 1:][kept] - (0 if text_only else self.layout.base)
+        return F.cross_entropy(head(hidden[kept]).float(), target)
+
+
+def train_language(folder: Path, tokenizer: PreTrainedTokenizerFast, vision: VisionTokenizer, phases: Sequence[Phase],
+                   milestones: dict[int, str], seed: int = 14, lr: float = 2e-3) -> nn.Module:  # fmt: skip
+    """Stage `language`; `milestones` (step -> name) are kept beside the checkpoint."""
+    torch.manual_seed(seed)
+    model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME).to(device())
+    loss = Drawing(model, vision.to(device()), Layout(tokenizer), phases, seed)
+    fit(model, loss, FitConfig(steps=phases[-1].until, lr=lr, warmup=100, optimizer="muon"), folder / "language", milestones=milestones)
+    return model
