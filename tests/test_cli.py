@@ -171,7 +171,7 @@ def test_print_config_round_trips(here: Path, capsys: pytest.CaptureFixture[str]
 
 @dataclass
 class Summary:
-    """What `gvu.train.train` returns, as far as the command needs it."""
+    """What `gvu.trainer.train` returns, as far as the command needs it."""
 
     output: Path
     interrupted: bool
@@ -186,7 +186,7 @@ def test_train_passes_the_config_and_reports(
 ) -> None:
     seen: list[Any] = []
     train = lambda config: (seen.append(config), Summary(Path("out"), interrupted))[1]  # noqa: E731
-    module(monkeypatch, "gvu.train", train=train, plan=lambda config: {"trained": {"parameters": config.lora.r}})
+    module(monkeypatch, "gvu.trainer", train=train, plan=lambda config: {"trained": {"parameters": config.lora.r}})
     assert main(["train", "--json", "steps=7", "--output", "out"]) == code
     assert json.loads(capsys.readouterr().out)["after"]["overall"] == 0.5
     assert (seen[0].steps, seen[0].output) == (7, "out")
@@ -200,7 +200,7 @@ def test_ctrl_c_is_clean(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     def stop(config: object) -> None:
         raise KeyboardInterrupt
 
-    module(monkeypatch, "gvu.train", train=stop, plan=stop)
+    module(monkeypatch, "gvu.trainer", train=stop, plan=stop)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "gvu: interrupted\n"
 
@@ -210,12 +210,15 @@ def test_generate_writes_a_grid(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def generate(model: str, prompts: list[str], **how: Any) -> types.SimpleNamespace:
-        seen.update(how, model=model, prompts=prompts)
+    def generate(prompts: list[str], **how: Any) -> types.SimpleNamespace:
+        seen.update(how, prompts=prompts)
         return types.SimpleNamespace(pixels=noise(len(prompts) * how["n"], 3, 64, 64))
 
-    module(monkeypatch, "gvu.models.registry", load=lambda name, *, adapter, device: f"{name}+{adapter}@{device}")
-    module(monkeypatch, "gvu.api", generate=generate)
+    def load(name: str, *, adapter: str | None, device: str) -> types.SimpleNamespace:
+        seen["model"] = f"{name}+{adapter}@{device}"
+        return types.SimpleNamespace(generate=generate)
+
+    module(monkeypatch, "gvu.models.registry", load=load)
     assert main(["generate", "a dog", "-n", "3", "--seed", "5", "--adapter", "A", "--temperature", "0.5"]) == 0
     assert capsys.readouterr().out == "3 images in grid.png\n"
     assert (seen["model"], seen["prompts"], seen["n"], seen["seed"]) == ("mini+A@auto", ["a dog"], 3, 5)

@@ -75,7 +75,7 @@ def support(logp_V: Tensor, sampling: Sampling) -> Tensor:
         inside &= logp_V >= logp_V.topk(sampling.top_k, -1).values[..., -1:]
     if sampling.top_p < 1:
         kept = logp_V.masked_fill(~inside, float("-inf")).softmax(-1)
-        order = kept.argsort(-1, descending=True, stable=True)
+        order = kept.sort(dim=-1, descending=True, stable=True).indices
         before = kept.gather(-1, order).cumsum(-1) - kept.gather(-1, order)
         inside &= torch.zeros_like(inside).scatter(-1, order, before < sampling.top_p)
     if sampling.min_p > 0:

@@ -35,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
     model = load_model(args)
-    from gvu.api import generate
-
-    images = generate(model, args.prompts, n=args.n, seed=args.seed, sampling=sampling, steps=args.steps)
+    images = model.generate(args.prompts, n=args.n, seed=args.seed, sampling=sampling, steps=args.steps)
     captions = [prompt for prompt in args.prompts for _ in range(args.n)]
     save_grid(args.out, images.pixels, captions, columns=min(args.n, 8) if args.n > 1 else None)
     print(f"{len(captions)} image{'s' * (len(captions) > 1)} in {args.out}")

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         print(to_yaml(config, comments=True), end="")
         return 0
     _check_input(config)
-    from gvu.train import plan, train
+    from gvu.trainer import plan, train
 
     if args.dry_run:
         _report(args, "dry run", plan(config))

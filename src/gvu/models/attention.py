@@ -21,26 +21,27 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
               **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """transformers' attention function: (S, heads, L, D) queries and (S, kv heads, K, D) keys to (S, L, heads, D)."""
     half = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if not (half and query.device.type == "cpu" and query.shape[2] > 1 and dropout == 0.0):
+    if not (half and query.device.type == "cpu" and dropout == 0.0):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       is_causal=is_causal, **kwargs)  # fmt: skip
-    causal = attention_mask is None and (is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    causal = attention_mask is None and query.shape[2] > 1 and (is_causal if is_causal is not None else getattr(module, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return products(query, key, value, attention_mask, scale, causal), None
+    with torch.autocast("cpu", enabled=False):
+        out = products(query.bfloat16(), key.bfloat16(), value.bfloat16(), attention_mask, scale, causal)
+    return out.transpose(1, 2), None
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-    """Attention by two matrix products, softmax in fp32; kv heads are shared by groups of query heads."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(-1, -2)).float() * scale
+    """(S, heads, L, D) by two matrix products, softmax in fp32; the query heads of a kv head are stacked, not its keys repeated."""
+    samples, heads, length, width = query.shape
+    stacked = query.reshape(samples, key.shape[1], -1, width)
+    scores = (stacked @ key.transpose(-1, -2)).float().view(samples, heads, length, -1) * scale
     if causal:
-        length, past = query.shape[2], key.shape[2] - query.shape[2]
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(past)
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - length)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+    weights = scores.softmax(-1).to(value.dtype).view(samples, key.shape[1], -1, key.shape[2])
+    return (weights @ value).view(samples, heads, length, width)
 
 
 AttentionInterface.register(NAME, attention)

@@ -10,17 +10,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from gvu.errors import GvuError
-from gvu.sampling import Sampling
+from gvu.sampling import Sampling, derive_seed
 
+Rows = slice | Tensor
+"""A slice of rows, or their places as an integer tensor."""
 Via = Literal["tokens", "pixels"]
 Teacher = Literal["frozen", "current", "ema"]
+T = TypeVar("T")
+
+
+def _take(values: tuple[T, ...], index: Rows) -> tuple[T, ...]:
+    return values[index] if isinstance(index, slice) else tuple(values[i] for i in index.tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +76,10 @@ class Prompts:
         grown = {k: getattr(self, k).repeat_interleave(n, 0) for k in ("ids_P_L", "mask_P_L", "uncond_ids_P_L", "uncond_mask_P_L")}
         return replace(self, texts=tuple(t for t in self.texts for _ in range(n)), **grown)
 
-    def rows(self, index: slice) -> "Prompts":
-        """The prompts of a slice of rows."""
+    def rows(self, index: Rows) -> "Prompts":
+        """The prompts of some rows."""
         part = {k: getattr(self, k)[index] for k in ("ids_P_L", "mask_P_L", "uncond_ids_P_L", "uncond_mask_P_L")}
-        return replace(self, texts=self.texts[index], **part)
+        return replace(self, texts=_take(self.texts, index), **part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +105,10 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def rows(self, index: slice) -> "Rollout":
-        """The samples of a slice of rows."""
+    def rows(self, index: Rows) -> "Rollout":
+        """The samples of some rows."""
         return replace(self, prompts=self.prompts.rows(index), codes_S_A=self.codes_S_A[index], logp_S_A=self.logp_S_A[index],
-                       entropy_S_A=self.entropy_S_A[index], seeds=self.seeds[index])  # fmt: skip
+                       entropy_S_A=self.entropy_S_A[index], seeds=_take(self.seeds, index))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +126,8 @@ class Reading:
     def __len__(self) -> int:
         return len(self.content_S)
 
-    def rows(self, index: slice) -> "Reading":
-        """The images of a slice of rows."""
+    def rows(self, index: Rows) -> "Reading":
+        """The images of some rows."""
         return replace(self, content_S=self.content_S[index])
 
 
@@ -135,6 +144,21 @@ class TextScore:
     logp_S_T: Tensor
     mask_S_T: Tensor
     ids_S_T: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Drawn images.
+
+    Attributes:
+        pixels: (P * n, 3, H, W) in [0, 1]; image s belongs to prompt s // n.
+        prompts: one text per image.
+        rollout: codes, log-probs and seeds.
+    """
+
+    pixels: Tensor
+    prompts: tuple[str, ...]
+    rollout: Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +205,10 @@ class UnifiedModel(ABC):
     def tiny(cls, seed: int = 0) -> Self:
         """A random CPU model of the same classes, made in seconds, for tests."""
 
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a checkpoint folder that `from_pretrained` loads; GvuError while an adapter is on (merge it first)."""
+        raise NotImplementedError
+
     @abstractmethod
     def encode_prompts(self, texts: Sequence[str], grid: tuple[int, int] | None = None) -> Prompts:
         """Left-padded generation prompts for images of `grid` tokens (default: the first of `capabilities.grids`)."""
@@ -221,6 +249,16 @@ class UnifiedModel(ABC):
     def lora_targets(self, scope: str) -> str:
         """Regular expression of the module names that LoRA adapts."""
 
+    def generate(self, prompts: str | Sequence[str], n: int = 1, seed: int = 0, sampling: Sampling | None = None,
+                 steps: int | None = None) -> Images:  # fmt: skip
+        """Draw `n` images for each prompt; the same seed gives the same image of a prompt at a place, whatever follows it."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or n < 1:
+            raise GvuError(f"{len(texts)} prompts x {n} images: give at least one of each")
+        seeds = [derive_seed(seed, p, k) for p in range(len(texts)) for k in range(n)]
+        rollout = self.rollout(self.encode_prompts(texts), n, sampling or Sampling(), seeds)
+        return Images(pixels=self.decode(rollout, steps=steps), prompts=rollout.prompts.texts, rollout=rollout)
+
     def read(self, rollout: Rollout, via: Via, *, steps: int | None = None) -> Reading:
         """The rollout as the understanding branch sees it: its own tokens, or pixels decoded and encoded again."""
         if via not in self.capabilities.reads:
@@ -229,16 +267,24 @@ class UnifiedModel(ABC):
 
     def add_lora(self, spec: LoraSpec, seed: int = 0) -> None:
         """Wrap the language model in a fresh PEFT LoRA adapter and freeze everything else."""
+        self._refuse_second()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=self.lora_targets(spec.scope))
-            self.language = get_peft_model(self.language, config)  # type: ignore[arg-type]
+            self.language = get_peft_model(self.language, config).eval()  # type: ignore[arg-type]
 
     def load_adapter(self, path: str | Path, *, trainable: bool = False) -> None:
         """Put a saved PEFT adapter on the language model."""
-        if not (Path(path) / "adapter_config.json").is_file():
+        self._refuse_second()
+        if not all((Path(path) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
             raise GvuError(f"no adapter in {str(path)!r}: expected adapter_config.json and adapter_model.safetensors there")
-        self.language = PeftModel.from_pretrained(self.language, str(path), is_trainable=trainable)  # type: ignore[arg-type]
+        try:
+            wrapped = PeftModel.from_pretrained(self.language, str(path), is_trainable=trainable)  # type: ignore[arg-type]
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise GvuError(f"the adapter {str(path)!r} does not load on this model ({first}); "
+                           "give an adapter that was trained on it, and copy it whole") from error  # fmt: skip
+        self.language = wrapped.eval()
 
     def save_adapter(self, path: str | Path) -> None:
         """Save the adapter in PEFT's own format (safetensors)."""
@@ -251,6 +297,10 @@ class UnifiedModel(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name."""
         return {n: p for n, p in self.language.named_parameters() if p.requires_grad}
+
+    def _refuse_second(self) -> None:
+        if isinstance(self.language, PeftModel):
+            raise GvuError("this model already has an adapter; merge() it, or load the model again")
 
     def _peft(self) -> PeftModel:
         if not isinstance(self.language, PeftModel):
@@ -267,8 +317,38 @@ class UnifiedModel(ABC):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        with self._peft().disable_adapter():
-            yield
+        own = set(self.trainable())
+        try:
+            with self._peft().disable_adapter():
+                yield
+        finally:  # PEFT makes every adapter trainable when it puts it back on
+            for n, p in self.language.named_parameters():
+                p.requires_grad_(n in own)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the adapter is folded into the weights (in the autocast dtype) and costs nothing; outside they are as before.
+
+        For rollouts. The original tensors are put back, not subtracted from, so nothing drifts.
+        """
+        kept: list[tuple[nn.Linear, Tensor]] = []
+        with self._frozen() if isinstance(self.language, PeftModel) else nullcontext():
+            try:
+                kept.extend(self._fold())
+                yield
+            finally:
+                for layer, weight in kept:
+                    layer.weight.data = weight
+
+    @torch.no_grad()
+    def _fold(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        kind = self.device.type
+        for module in self.language.modules():
+            if isinstance(module, LoraLayer):
+                layer = module.get_base_layer()
+                yield layer, layer.weight.data
+                whole = layer.weight.data + sum(module.get_delta_weight(name) for name in module.active_adapters)
+                layer.weight.data = whole.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else whole
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 B = TypeVar("B")
+INNER = ("layers.", "transformer_blocks.")  # where a module keeps the matrices that Muon trains
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 
 
@@ -68,7 +69,7 @@ class Optimizers:
 
     def __init__(self, module: nn.Module, config: FitConfig) -> None:
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        hidden = [p for n, p in named.items() if p.ndim == 2 and ".layers." in n] if config.optimizer == "muon" else []
+        hidden = [p for n, p in named.items() if p.ndim == 2 and any(k in n for k in INNER)] if config.optimizer == "muon" else []
         taken = {id(p) for p in hidden}
         rest = [p for p in named.values() if id(p) not in taken]
         adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)

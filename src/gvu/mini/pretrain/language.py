@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gvu.mini.pretrain import shapes
 from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit
-from gvu.mini.pretrain.pictures import pixels
-from gvu.mini.pretrain.words import INSTRUCTION
+from gvu.mini.pretrain.pictures import load_vision, pixels
+from gvu.mini.pretrain.words import INSTRUCTION, save_tokenizer
 from gvu.mini.render import scene_for
 from gvu.mini.splits import sample_train
 from gvu.models import attention
@@ -27,6 +27,7 @@ from gvu.models.xomni.vision import VisionTokenizer
 
 DRAW_LENGTH, READ_TEXT = 24, 32
 UNCONDITIONAL = 0.05
+WEAK_AT = 700
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +125,15 @@ def train_language(folder: Path, tokenizer: PreTrainedTokenizerFast, vision: Vis
     loss = Drawing(model, vision.to(device()), Layout(tokenizer), phases, seed)
     fit(model, loss, FitConfig(steps=phases[-1].until, lr=lr, warmup=100, optimizer="muon"), folder / "language", milestones=milestones)
     return model
+
+
+def tokenizer_at(folder: Path) -> PreTrainedTokenizerFast:
+    """The stage's tokenizer, made when it is not there yet."""
+    home = folder / "tokenizer"
+    return PreTrainedTokenizerFast.from_pretrained(home) if home.exists() else save_tokenizer(home)
+
+
+def train_mini(folder: Path, steps: int) -> nn.Module:
+    """Stage `language` as shipped: `mini-weak` is kept at the end of the first phase, `mini` at the end of the second."""
+    phases = [Phase(until=WEAK_AT, draw=24, read=80), Phase(until=steps, draw=64, read=40)]
+    return train_language(folder, tokenizer_at(folder), load_vision(folder), phases, {WEAK_AT: "weak", steps: "mini"})

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gvu.mini.pretrain import shapes
 from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit
 from gvu.mini.render import Scene, random_scene, render
+from gvu.models.xomni.decoder import FlowDecoder, XOmniFluxTransformer
 from gvu.models.xomni.vision import VisionTokenizer
 
 
@@ -120,3 +122,65 @@ def train_vision(folder: Path, steps: int, seed: int = 12, batch: int = 48) -> V
 
     fit(trainer, loss, FitConfig(steps=steps, lr=1.5e-3), folder / "vision", after_step=after)
     return trainer.tokenizer
+
+
+class DecoderTrainer:
+    """Flow-matching loss of the decoder: tokenizer and VAE are done and stay as they are."""
+
+    def __init__(self, decoder: FlowDecoder, tokenizer: VisionTokenizer, seed: int, batch: int) -> None:
+        self.decoder, self.tokenizer, self.seed = decoder, tokenizer.eval(), seed
+        self.stream = pictures(seed, batch)
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        x = self.stream(step).to(device())
+        noise = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        with torch.no_grad():
+            latents = self.tokenizer.latents(self.tokenizer.encode(x), shapes.GRID).float()
+            data = self.decoder.vae_encode((x + 1) / 2).float()
+        dropped = torch.rand(len(x), 1, 1, generator=noise).to(x) < 0.1
+        sigma = torch.sigmoid(0.6 + 1.2 * torch.randn(len(x), generator=noise)).to(x)
+        white = torch.randn(data.shape, generator=noise).to(x)
+        noisy = data + sigma[:, None, None] * (white - data)
+        v = self.decoder.velocity(noisy, sigma, latents.masked_fill(dropped, 0.0), shapes.GRID)
+        loss = F.mse_loss(v.float(), white - data)
+        return loss, {"flow": float(loss.detach())}
+
+
+def scale_latents(vae: AutoencoderKL, seed: int = 16) -> None:
+    """Set the VAE's `shift_factor` and `scaling_factor` so that its latents have mean 0 and deviation 1 on random scenes."""
+    x = pixels(scenes(seed, 0, 256)).to(device())
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean
+    vae.register_to_config(shift_factor=round(float(z.mean()), 5), scaling_factor=round(1.0 / float(z.std()), 5))
+
+
+def make_decoder(vae: AutoencoderKL) -> FlowDecoder:
+    """An untrained flow decoder over a trained VAE."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return FlowDecoder(XOmniFluxTransformer(**shapes.FLUX), vae, scheduler)
+
+
+def train_decoder(folder: Path, steps: int, seed: int = 13, batch: int = 48) -> FlowDecoder:
+    """Stage `decoder`: rectified flow from noise to VAE latents given the token latents of stage `vision`."""
+    torch.manual_seed(seed)
+    vae, tokenizer = load_vae(folder).to(device()), load_vision(folder).to(device())
+    scale_latents(vae)
+    decoder = make_decoder(vae).to(device())
+    vae.requires_grad_(False)
+    loss = DecoderTrainer(decoder, tokenizer, seed, batch)
+    fit(decoder.transformer, loss, FitConfig(steps=steps, lr=2e-3, warmup=100, optimizer="muon"), folder / "decoder")
+    return decoder
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The VAE as stage `vae` left it."""
+    vae = AutoencoderKL(**shapes.VAE)
+    vae.load_state_dict(load_file(folder / "vae" / "model.safetensors"))
+    return vae.eval()
+
+
+def load_vision(folder: Path) -> VisionTokenizer:
+    """The tokenizer as stage `vision` left it, without its scaffold."""
+    trainer = TokenizerTrainer()
+    trainer.load_state_dict(load_file(folder / "vision" / "model.safetensors"))
+    return trainer.tokenizer.eval()

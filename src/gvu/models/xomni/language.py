@@ -61,9 +61,9 @@ class XOmniConfig(Qwen2Config):
 class BufferedLayer(DynamicLayer):
     """Cache of one layer that writes into buffers of fixed capacity instead of concatenating at every step."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.kept = capacity, dtype
         self.buffers: list[Tensor | None] = [None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,6 +91,8 @@ class BufferedLayer(DynamicLayer):
 
 def rollout_cache(config: Qwen2Config, capacity: int) -> DynamicCache:
     """A key-value cache for a rollout of at most `capacity` positions, prompt included; use under `torch.no_grad`.
+
+    Under CPU autocast it holds what the matrix products take, so that keys are not cast again at every step.
 
     Expanding a prefilled cache to G samples per prompt works: `cache.batch_repeat_interleave(G)`.
     """

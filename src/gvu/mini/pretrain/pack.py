@@ -1,0 +1,92 @@
+"""Last stages: the detector that sees reconstructions, the shipped folders, and the figures of the model card."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gvu.mini.detector import Detector
+from gvu.mini.pretrain import detect, shapes
+from gvu.mini.pretrain.language import config_for, tokenizer_at
+from gvu.mini.pretrain.pictures import load_vae, load_vision, make_decoder, scale_latents
+from gvu.models import attention
+from gvu.models.registry import assets
+from gvu.models.xomni import checkpoint
+from gvu.models.xomni.decoder import FlowDecoder
+from gvu.models.xomni.language import XOmniForCausalLM
+from gvu.models.xomni.vision import VisionTokenizer
+from gvu.sampling import derive_seed
+
+DECODER_STEPS = 6
+SHARED = "../mini-vision"
+"""Where both checkpoints find the tokenizer and the decoder."""
+
+
+def load_decoder(folder: Path) -> FlowDecoder:
+    """The flow decoder as stage `decoder` left it."""
+    vae = load_vae(folder)
+    scale_latents(vae)
+    decoder = make_decoder(vae)
+    decoder.transformer.load_state_dict(load_file(folder / "decoder" / "model.safetensors"))
+    return decoder.eval()
+
+
+def reconstructor(folder: Path, steps: int = DECODER_STEPS) -> Callable[[Tensor], Tensor]:
+    """Pixels (S, 3, 64, 64) in [0, 1] through codes and flow decoder and back, as the policy's own pictures are made."""
+    return roundtrip(load_vision(folder), load_decoder(folder), steps)
+
+
+def roundtrip(vision: VisionTokenizer, decoder: FlowDecoder, steps: int = DECODER_STEPS) -> Callable[[Tensor], Tensor]:
+    """The function of `reconstructor` from loaded parts."""
+
+    @torch.no_grad()
+    def reconstruct(pixels: Tensor) -> Tensor:
+        codes = vision.encode(2 * pixels - 1)
+        seeds = [derive_seed(k, int(row.sum())) for k, row in enumerate(codes)]  # a function of the pictures, for exact resume
+        return decoder.decode(vision.latents(codes, shapes.GRID), shapes.GRID, steps=steps, cfg=1.0, seeds=seeds)
+
+    return reconstruct
+
+
+def train_detector(folder: Path, steps: int) -> Detector:
+    """Stage `detector`: ground truth of the renderer, a part of the pictures reconstructed."""
+    return detect.train_detector(folder, steps, reconstruct=reconstructor(folder))
+
+
+def parts(folder: Path, language: str) -> checkpoint.Parts:
+    """Everything of one checkpoint; `language` is the milestone's name."""
+    tokenizer = tokenizer_at(folder)
+    model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME)
+    model.load_state_dict(load_file(folder / "language" / f"{language}.safetensors"))
+    return checkpoint.Parts(language=model.eval(), tokenizer=tokenizer, vision=load_vision(folder), decoder=lambda: load_decoder(folder),
+                            grid=shapes.GRID, decoder_steps=DECODER_STEPS)  # fmt: skip
+
+
+def pack(folder: Path, home: Path | None = None) -> None:
+    """Stage `pack`: write `mini`, `mini-weak`, their shared vision part and the detector into the package's assets."""
+    home = home or assets()
+    for name, milestone in (("mini", "mini"), ("mini-weak", "weak")):
+        checkpoint.save(home / name, parts(folder, milestone), shared=SHARED)
+    Detector.load(folder / "detector" / "final").save(home / "mini-detector")
+
+
+def measure() -> dict[str, Any]:
+    """Stage `measure`: figures of the shipped files, printed as JSON."""
+
+    from gvu.evaluate import evaluate
+    from gvu.models.registry import load
+    from gvu.probes import understanding
+
+    figures: dict[str, Any] = {}
+    for name in ("mini", "mini-weak"):
+        model = load(name)
+        figures[name] = {b: evaluate(model, b, images_per_prompt=2).as_dict(rows=False) for b in ("geneval-mini", "geneval++-mini")}
+        figures[name]["understanding"] = understanding(model).as_dict()
+        shared = roundtrip(model.vision, model.decoder)
+    figures["detector"] = detect.measure(Detector.default(), shared)
+    print(json.dumps(figures, indent=1, default=str))
+    return figures
