@@ -256,7 +256,7 @@ def test_eval_keeps_json_clean_of_progress(
         return types.SimpleNamespace(as_dict=lambda: data, table=lambda: "the table")
 
     module(monkeypatch, "gvu.models.registry", load=lambda *args, **kwargs: "model")
-    module(monkeypatch, "gvu.evaluate", evaluate=evaluate)
+    module(monkeypatch, "gvu.evaluation", evaluate=evaluate)
     assert main(["eval", "geneval++-mini", "--json", "--images-per-prompt", "2", "--out", "r/report.json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads((here / "r" / "report.json").read_text())

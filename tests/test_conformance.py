@@ -19,7 +19,7 @@ def test_every_family(tiny: Tiny, check) -> None:
 
 
 class Broken(XOmni):
-    """An adapter with three faults: it scores text with its image turned round, replays the wrong codes, and trains its head."""
+    """Three faults: it scores the texts of other images, replays other rows, and trains its head."""
 
     def text_logp(self, reading, texts, instruction):
         return super().text_logp(reading, texts[::-1], instruction)

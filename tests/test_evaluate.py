@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gvu.errors import GvuError
-from gvu.evaluate import Report, evaluate
+from gvu.evaluation import Report, evaluate
 from gvu.geneval import Detection
 from gvu.mini.detector import Detector, DetectorConfig, truth
 from gvu.mini.grammar import SAMPLERS, Metadata

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "gvu.api", "score": "gvu.api", "Images": "gvu.api", "Score": "gvu.api",
     "train": "gvu.trainer", "TrainSummary": "gvu.trainer", "TrainConfig": "gvu.config", "load_config": "gvu.config",
-    "Sampling": "gvu.sampling", "evaluate": "gvu.evaluate", "GvuError": "gvu.errors",
+    "Sampling": "gvu.sampling", "evaluate": "gvu.evaluation", "GvuError": "gvu.errors",
 }  # fmt: skip
 __all__ = ["GvuError", "Images", "Sampling", "Score", "TrainConfig", "TrainSummary", "evaluate", "load", "load_config",
            "score", "train"]  # fmt: skip

@@ -38,8 +38,14 @@ class Score:
     tokens: list[list[str]]
 
 
-def score(model: UnifiedModel, images: Tensor | Images, prompts: Sequence[str], *, instruction: str = RewardConfig().instruction,
-          via: str = "pixels") -> Score:  # fmt: skip
+def score(
+    model: UnifiedModel,
+    images: Tensor | Images,
+    prompts: Sequence[str],
+    *,
+    instruction: str = RewardConfig().instruction,
+    via: str = "pixels",
+) -> Score:
     """Probability of each prompt given its image.
 
     Args:

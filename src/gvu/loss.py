@@ -1,7 +1,8 @@
 """Group-relative advantages and the clipped policy loss, as pure functions of tensors.
 
 Shape suffixes: S samples (groups of G neighbours share a prompt), A actions.
-Sources: GRPO (arXiv 2402.03300); Dr. GRPO (2503.20783) for mean-only advantages; k3 (Schulman, "Approximating KL divergence").
+Sources: GRPO (arXiv 2402.03300); Dr. GRPO (2503.20783) for mean-only advantages; k3 (Schulman, "Approximating KL
+divergence").
 """
 
 from dataclasses import dataclass
@@ -33,15 +34,18 @@ def advantage(reward_S: Tensor, group: int, config: AdvantageConfig) -> Advantag
     """Reward minus its group's mean, divided by nothing, the group's or the batch's standard deviation (with G - 1)."""
     reward = reward_S.float().view(-1, group)
     centred, std = reward - reward.mean(1, keepdim=True), reward.std(1, keepdim=True)
-    divisor = {"group": std + config.eps, "none": torch.ones_like(std), "batch": centred.std() + config.eps}[config.scale]
+    divisor = {"group": std + config.eps, "none": torch.ones_like(std), "batch": centred.std() + config.eps}[
+        config.scale
+    ]
     alive = (std >= config.dead_below).expand_as(reward)
     value = torch.where(alive, centred / divisor, torch.zeros_like(centred))
     dead = 1.0 - float(alive[:, 0].float().mean())
     return Advantage(value_S=value.flatten(), alive_S=alive.flatten(), group_std=float(std.mean()), dead=dead)
 
 
-def policy_loss(logp_S_A: Tensor, old_S_A: Tensor, reference_S_A: Tensor | None, advantage_S: Tensor,
-                config: LossConfig) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+def policy_loss(
+    logp_S_A: Tensor, old_S_A: Tensor, reference_S_A: Tensor | None, advantage_S: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, float]]:
     """Mean over samples and actions of -min(r A, clip(r) A) + beta k3, with r = exp(logp - old).
 
     Args:

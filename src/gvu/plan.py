@@ -19,7 +19,8 @@ ADAM_BYTES = 4 + 4 + 8
 def plan(config: TrainConfig) -> dict[str, Any]:
     """Load the model, time one small step on a throw-away adapter, and report; nothing is written.
 
-    Memory is arithmetic over shapes; the time is one measured step of at most two prompts, scaled to the configured number.
+    Memory is arithmetic over shapes; the time is one measured step of at most two prompts, scaled to the configured
+    number.
     """
     from gvu.trainer import Trainer
 
@@ -28,12 +29,14 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     model.add_lora(config.lora, seed=derive_seed(config.seed, 0))
     trained = sum(p.numel() for p in model.trainable().values())
     return {
-        "model": config.model.name, "device": str(model.device), "prompts": len(prompts),
+        "model": config.model.name,
+        "device": str(model.device),
+        "prompts": len(prompts),
         "images per step": config.rollout.prompts_per_step * config.rollout.num_generations,
         "parameters": {"trained": trained, "language model": count(model.language) - trained},
         "memory in MB": memory(model, config, trained),
         "time": seconds(Trainer(model, prompts, small(config)), config),
-    }  # fmt: skip
+    }
 
 
 def count(module: nn.Module) -> int:
@@ -42,7 +45,8 @@ def count(module: nn.Module) -> int:
 
 
 def memory(model: UnifiedModel, config: TrainConfig, trained: int) -> dict[str, float]:
-    """MB per part at the widest moment of a step; activations of the backward pass are an estimate (14 C + 4 F per layer)."""
+    """MB per part at the widest moment of a step; activations of the backward pass are an estimate (14 C + 4 F per
+    layer)."""
     c: Any = model.language.config
     rows, columns = model.capabilities.grids[0]
     width = 2 if config.precision == "bf16" else 4
@@ -72,5 +76,8 @@ def seconds(trainer: Any, config: TrainConfig) -> dict[str, float]:
     trainer.step(0)
     scale = config.rollout.prompts_per_step / trainer.config.rollout.prompts_per_step
     step = trainer.step(1)["seconds"] * scale
-    return {"seconds per step": round(step, 2), "minutes of training": round(step * config.steps / 60, 1),
-            "threads": float(torch.get_num_threads())}  # fmt: skip
+    return {
+        "seconds per step": round(step, 2),
+        "minutes of training": round(step * config.steps / 60, 1),
+        "threads": float(torch.get_num_threads()),
+    }

@@ -17,7 +17,9 @@ from gvu.errors import GvuError
 from gvu.models.base import Reading, TextScore, UnifiedModel
 from gvu.sampling import derive_seed
 
-FUNCTION_WORDS = frozenset("a an and at in is of on photo picture s es the this to with ,".split())
+FUNCTION_WORDS = frozenset(
+    ["a", "an", "and", "at", "in", "is", "of", "on", "photo", "picture", "s", "es", "the", "this", "to", "with", ","]
+)
 EDITS = 3
 
 
@@ -42,7 +44,8 @@ def contrastive(true_S: Tensor, edited_S_K: Tensor) -> Tensor:
 
 
 def content_weights(tokens: Sequence[Sequence[str]], mask_S_T: Tensor) -> Tensor:
-    """(S, T) 1 at tokens that carry content, 0 at function words and padding; all tokens where a text has no content word."""
+    """(S, T) 1 at tokens that carry content, 0 at function words and padding; all tokens where a text has no content
+    word."""
     weight = torch.zeros_like(mask_S_T, dtype=torch.float32)
     for row, pieces in enumerate(tokens):
         for j, piece in enumerate(pieces):
@@ -65,13 +68,16 @@ class Scores:
 
 
 class Scorer:
-    """The configured reward of a model's reading. Rows are scored `micro_batch` at a time, which does not change them."""
+    """The configured reward of a model's reading. Rows are scored `micro_batch` at a time, which does not change
+    them."""
 
     def __init__(self, model: UnifiedModel, config: RewardConfig) -> None:
         self.model, self.config = model, config
 
     @torch.no_grad()
-    def __call__(self, reading: Reading, texts: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None = None) -> Scores:
+    def __call__(
+        self, reading: Reading, texts: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None = None
+    ) -> Scores:
         """Score one text per image; `metadata` (GenEval fields) is needed by `contrastive` alone."""
         text = self.text(reading, texts)
         return Scores(reward_S=self._reward(text, reading, texts, metadata), text=text)
@@ -84,7 +90,13 @@ class Scorer:
             parts.append(self.model.text_logp(reading.rows(rows), texts[rows], self.config.instruction))
         return join(parts)
 
-    def _reward(self, text: TextScore, reading: Reading, texts: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None) -> Tensor:
+    def _reward(
+        self,
+        text: TextScore,
+        reading: Reading,
+        texts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any] | None] | None,
+    ) -> Tensor:
         kind, logp, mask = self.config.kind, text.logp_S_T, text.mask_S_T
         if kind == "geometric_mean":
             return geometric_mean(logp, mask)
@@ -97,16 +109,23 @@ class Scorer:
         return contrastive(logp.sum(1), self._edited(reading, texts, metadata))
 
     def _surprise(self, text: TextScore, reading: Reading, texts: Sequence[str]) -> Tensor:
-        """(S, T) 1 - p(T_j | no image): tokens that language alone predicts count little. "No image" is Gaussian noise."""
+        """(S, T) 1 - p(T_j | no image): tokens that language alone predicts count little. "No image" is a picture of
+        noise."""
         rows, columns = reading.grid
-        noise = torch.rand(1, 3, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(derive_seed(0, rows, columns)))
+        noise = torch.rand(
+            1, 3, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(derive_seed(0, rows, columns))
+        )
         blind = self.model.read_pixels(noise)
         unique = sorted(set(texts))
-        logp = self.text(Reading(content_S=blind.content_S.expand(len(unique), *blind.content_S.shape[1:]), grid=blind.grid), unique)
+        logp = self.text(
+            Reading(content_S=blind.content_S.expand(len(unique), *blind.content_S.shape[1:]), grid=blind.grid), unique
+        )
         index = torch.tensor([unique.index(t) for t in texts], device=logp.logp_S_T.device)
         return (1 - logp.logp_S_T[index].exp()) * text.mask_S_T
 
-    def _edited(self, reading: Reading, texts: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None) -> Tensor:
+    def _edited(
+        self, reading: Reading, texts: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None
+    ) -> Tensor:
         """(S, K) summed log-probs of K minimal edits of each text."""
         edits = [edited_texts(t, m) for t, m in zip(texts, metadata or [None] * len(texts), strict=True)]
         columns = [self.text(reading, [e[k] for e in edits]).logp_S_T.sum(1) for k in range(EDITS)]
@@ -116,8 +135,10 @@ class Scorer:
 def edited_texts(text: str, metadata: Mapping[str, Any] | None) -> list[str]:
     """`EDITS` captions that differ from `text` in one object, colour, number or relation, the same ones every time."""
     if not metadata or "include" not in metadata:
-        raise GvuError(f"the contrastive reward needs GenEval metadata to edit a prompt, and {text!r} has none; "
-                       "use a .jsonl file with `tag` and `include`, or another reward.kind")  # fmt: skip
+        raise GvuError(
+            f"the contrastive reward needs GenEval metadata to edit a prompt, and {text!r} has none; "
+            "use a .jsonl file with `tag` and `include`, or another reward.kind"
+        )
     from gvu.mini.grammar import minimal_edits
 
     rng = np.random.default_rng(list(text.encode()))

@@ -21,6 +21,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to `phase`."""
         began = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
@@ -33,6 +34,7 @@ class Interrupt:
         self.asked = False
 
     def __call__(self, *_: object) -> None:
+        """The signal handler."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -57,7 +59,8 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def keep_memory() -> bool:
-    """Make glibc keep freed memory instead of returning it to the kernel at every tensor; False where there is no glibc.
+    """Make glibc keep freed memory instead of returning it to the kernel at every tensor; False where there is no
+    glibc.
 
     Tensors of some MB are otherwise mapped, zeroed and unmapped again and again: a sixth of a CPU training step.
     """

@@ -33,7 +33,9 @@ class Sampling:
     def __post_init__(self) -> None:
         bounds = (self.temperature >= 0, self.top_k >= 0, 0 < self.top_p <= 1, 0 <= self.min_p < 1, self.cfg >= 0)
         if not all(bounds):
-            raise GvuError(f"{self} is out of range: need temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p < 1, cfg >= 0")
+            raise GvuError(
+                f"{self} is out of range: need temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p < 1, cfg >= 0"
+            )
 
     @property
     def truncated(self) -> bool:
@@ -45,7 +47,11 @@ class Sampling:
         """Name of the law, e.g. `cond`, `cfg(3.0)`, `cond,T=0.9,min_p=0.03`."""
         parts = ["cond" if self.cfg == 1 else f"cfg({self.cfg})"]
         parts += [f"T={self.temperature}"] if self.temperature != 1 else []
-        parts += [f"{k}={v}" for k, v, off in (("top_k", self.top_k, 0), ("top_p", self.top_p, 1), ("min_p", self.min_p, 0)) if v != off]
+        parts += [
+            f"{k}={v}"
+            for k, v, off in (("top_k", self.top_k, 0), ("top_p", self.top_p, 1), ("min_p", self.min_p, 0))
+            if v != off
+        ]
         return ",".join(parts)
 
 
@@ -53,7 +59,8 @@ def log_law(logits_V: Tensor, sampling: Sampling, keep: Tensor | None = None) ->
     """Log-probs (..., V) in fp32 of the law over codes, from conditional (or already guided) logits (..., V).
 
     Args:
-        keep: codes (...,) that stay in the support whatever the truncation: the actions being replayed. At the parameters that
+        keep: codes (...,) that stay in the support whatever the truncation: the actions being replayed. At the
+        parameters that
             drew them they are inside anyway, so replay is exact; later they keep a finite log-prob.
     """
     logits = logits_V.float()
@@ -104,7 +111,8 @@ def uniforms(seeds: tuple[int, ...] | list[int], actions: int, device: torch.dev
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from (run seed, step, prompt id, sample, ...), stable across processes and machines (splitmix64)."""
+    """A 63-bit seed from (run seed, step, prompt id, sample, ...), stable across processes and machines
+    (splitmix64)."""
     state = 0
     for part in parts:
         state = (state ^ (part & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)

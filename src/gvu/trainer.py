@@ -1,10 +1,11 @@
 """GvU, the whole method in one file: draw, read, reward, compare within the group, update.
 
-One step: P prompts are drawn G times each (S = P * G); the understanding branch gives the probability of every prompt token given
-each image; the geometric mean is the reward; rewards are centred within a prompt's group; a clipped policy loss with a KL penalty
-to the frozen base moves the LoRA adapter. Differences from the authors' release: the teacher is the frozen base (theirs is the current
-policy by an oversight), log-probs are those of the law that was sampled, the clip has its old log-probs, adapters are
-on the decoder layers only, rewards stay in log space, and decoding noise is seeded per sample.
+One step: P prompts are drawn G times each (S = P * G); the understanding branch gives the probability of every prompt
+token given each image; the geometric mean is the reward; rewards are centred within a prompt's group; a clipped policy
+loss with a KL penalty to the frozen base moves the LoRA adapter. Differences from the authors' release: the teacher is
+the frozen base (theirs is the current policy by an oversight), log-probs are those of the law that was sampled, the
+clip has its old log-probs, adapters are on the decoder layers only, rewards stay in log space, and decoding noise is
+seeded per sample.
 
 Shape suffixes: P prompts, S samples, A actions, T prompt tokens. Source: arXiv 2603.06043.
 """
@@ -12,10 +13,9 @@ Shape suffixes: P prompts, S samples, A actions, T prompt tokens. Source: arXiv 
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,52 +23,19 @@ from torch import Tensor
 
 from gvu.config import TrainConfig
 from gvu.errors import GvuError
-from gvu.evaluate import Report, evaluate
 from gvu.loss import advantage, policy_loss
 from gvu.models.base import Rollout, UnifiedModel
 from gvu.models.registry import load
+from gvu.observe import TrainSummary, draw_samples, measure
 from gvu.plan import plan
 from gvu.progress import Progress
 from gvu.prompts import Prompt, load_prompts
 from gvu.reward import Scorer, Scores
 from gvu.run import Run, output_path, refuse_existing
-from gvu.runtime import Clock, Interrupt, peak_memory_gb
+from gvu.runtime import Clock, Interrupt, keep_memory, peak_memory_gb
 from gvu.sampling import derive_seed
 
 __all__ = ["TrainSummary", "Trainer", "plan", "train"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSummary:
-    """What a run ends with.
-
-    Attributes:
-        output: the run's folder; its `adapter` subfolder loads with PEFT's `PeftModel.from_pretrained`.
-        steps: steps that were done.
-        seconds: wall-clock time of the run.
-        before, after: benchmark name -> report.
-        interrupted: whether Ctrl-C ended it early.
-        last: the last step's metrics.
-    """
-
-    output: Path
-    steps: int
-    seconds: float
-    before: dict[str, Report] = field(default_factory=dict)
-    after: dict[str, Report] = field(default_factory=dict)
-    interrupted: bool = False
-    last: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: per benchmark before, after and their paired difference with its interval."""
-        pairs = {name: self._pair(name) for name in self.before | self.after}
-        return {"output": str(self.output), "steps": self.steps, "seconds": round(self.seconds, 1), "interrupted": self.interrupted,
-                "benchmarks": pairs, "last": self.last}  # fmt: skip
-
-    def _pair(self, name: str) -> dict[str, Any]:
-        before, after = self.before.get(name), self.after.get(name)
-        shown: dict[str, Any] = {k: r.as_dict(rows=False) for k, r in (("before", before), ("after", after)) if r}
-        return {**shown, "difference": after.compare(before).as_dict()} if before and after else shown
 
 
 class Trainer:
@@ -76,18 +43,22 @@ class Trainer:
 
     def __init__(self, model: UnifiedModel, prompts: Sequence[Prompt], config: TrainConfig) -> None:
         if config.reward.via not in model.capabilities.reads:
-            raise GvuError(f"reward.via={config.reward.via!r} is not possible with this model; "
-                           f"it reads via {sorted(model.capabilities.reads)}")  # fmt: skip
+            raise GvuError(
+                f"reward.via={config.reward.via!r} is not possible with this model; "
+                f"it reads via {sorted(model.capabilities.reads)}"
+            )
         self.model, self.prompts, self.config = model, prompts, config
         self.sampling, self.scorer = config.rollout.sampling, Scorer(model, config.reward)
         self.parameters = list(model.trainable().values())
         o = config.optim
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
+        )
         if config.reward.teacher == "ema":
             model.update_ema(config.reward.ema_decay)
         if self.sampling.truncated:
-            warnings.warn(f"sampling {self.sampling.law} is truncated: the ratio is that of the truncated law, which moves with the policy",
-                          stacklevel=2)  # fmt: skip
+            law = self.sampling.law
+            warnings.warn(f"sampling {law} is truncated: the support of the law moves with the policy", stacklevel=2)
 
     def step(self, index: int) -> dict[str, float]:
         """Step `index`, counted from 0: one rollout and its updates. Returns the step's metrics."""
@@ -97,12 +68,28 @@ class Trainer:
         metrics = self.update(index, rollout, adv.value_S, adv.alive_S, clock)
         if self.config.reward.teacher == "ema":
             self.model.update_ema(self.config.reward.ema_decay)
-        drawn = {"reward": float(scores.reward_S.mean()), "reward_std": float(scores.reward_S.std()), "group_std": adv.group_std,
-                 "dead_groups": adv.dead, "entropy": float(rollout.entropy_S_A.mean())}  # fmt: skip
+        drawn = {
+            "reward": float(scores.reward_S.mean()),
+            "reward_std": float(scores.reward_S.std()),
+            "group_std": adv.group_std,
+            "dead_groups": adv.dead,
+            "entropy": float(rollout.entropy_S_A.mean()),
+        }
         total = sum(clock.seconds.values())
-        speed = {"seconds": total, "images_per_second": len(rollout) / total, "tokens_per_second": rollout.codes_S_A.numel() / total}
+        speed = {
+            "seconds": total,
+            "images_per_second": len(rollout) / total,
+            "tokens_per_second": rollout.codes_S_A.numel() / total,
+        }
         phases = {f"seconds/{k}": v for k, v in clock.seconds.items()}
-        return {**drawn, **metrics, "lr": self.rate(index), **speed, **phases, "peak_memory_gb": peak_memory_gb(self.model.device)}
+        return {
+            **drawn,
+            **metrics,
+            "lr": self.rate(index),
+            **speed,
+            **phases,
+            "peak_memory_gb": peak_memory_gb(self.model.device),
+        }
 
     def batch(self, index: int) -> list[Prompt]:
         """The P prompts of a step: a new order of all prompts in every epoch, a function of (seed, step) only."""
@@ -114,14 +101,32 @@ class Trainer:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 1, epoch))
         return torch.randperm(len(self.prompts), generator=generator).tolist()
 
+    def seeds(self, index: int, batch: Sequence[Prompt]) -> list[int]:
+        """One per sample, from (run seed, step, prompt id, sample); a prompt that comes twice in a step goes on
+        counting."""
+        group, drawn, seeds = self.config.rollout.num_generations, Counter[int](), list[int]()
+        for p in batch:
+            seeds += [derive_seed(self.config.seed, 2, index, p.id, drawn[p.id] + g) for g in range(group)]
+            drawn[p.id] += group
+        return seeds
+
+    @torch.no_grad()
+    def check_prompts(self) -> None:
+        """GvuError where a prompt does not fit the context, to be drawn or (the longest, in one pass) to be read."""
+        prompts = self.model.encode_prompts([p.text for p in self.prompts])
+        longest = prompts.texts[int(prompts.mask_P_L.sum(1).argmax())]
+        blank = self.model.read_pixels(torch.zeros(1, 3, 8 * prompts.grid[0], 8 * prompts.grid[1]))
+        self.model.text_logp(blank, [longest], self.config.reward.instruction)
+
     @torch.no_grad()
     def experience(self, index: int, batch: Sequence[Prompt], clock: Clock) -> tuple[Rollout, Scores]:
         """Draw G images for each prompt and let the teacher read them."""
         group, via = self.config.rollout.num_generations, self.config.reward.via
-        seeds = [derive_seed(self.config.seed, 2, index, p.id, g) for p in batch for g in range(group)]
+        seeds = self.seeds(index, batch)
         with self.autocast():
-            with clock("rollout"):
-                rollout = self.model.rollout(self.model.encode_prompts([p.text for p in batch]), group, self.sampling, seeds)
+            with clock("rollout"), self.model.merged():
+                prompts = self.model.encode_prompts([p.text for p in batch])
+                rollout = self.model.rollout(prompts, group, self.sampling, seeds)
             with clock("perceive"):
                 reading = self.model.read(rollout, via, steps=self.config.reward.decoder_steps)
             with clock("score"), self.model.teacher(self.config.reward.teacher):
@@ -134,7 +139,7 @@ class Trainer:
         """`updates_per_rollout` optimizer steps; micro-batches accumulate to the gradient of the whole batch."""
         kept = alive_S.nonzero().flatten() if self.config.advantage.skip_dead else torch.arange(len(rollout))
         if len(kept) == 0:
-            return {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0, "replay_gap": 0.0}
+            return {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_max": 1.0, "grad_norm": 0.0, "replay_gap": 0.0}
         rollout, value_S = rollout.rows(kept), value_S[kept]
         with clock("reference"):
             reference = self.reference(rollout)
@@ -162,7 +167,8 @@ class Trainer:
             part = rollout.rows(rows)
             with self.autocast():
                 logp, _ = self.model.policy_logp(part)
-            loss, metrics = policy_loss(logp, part.logp_S_A, None if reference is None else reference[rows], value_S[rows], self.config.loss)
+            base = None if reference is None else reference[rows]
+            loss, metrics = policy_loss(logp, part.logp_S_A, base, value_S[rows], self.config.loss)
             share = len(part) / total
             (loss * share).backward()
             gap = max(gap, float((logp.detach() - part.logp_S_A).abs().mean()))
@@ -171,7 +177,7 @@ class Trainer:
         self.model.language.eval()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}; nothing was updated; lower optim.lr or use precision=fp32")
+            raise FloatingPointError(f"the gradient norm is {norm}; nothing was updated; lower optim.lr or use fp32")
         self.optimizer.step()
         return {**sums, "grad_norm": norm, "replay_gap": gap}
 
@@ -189,7 +195,8 @@ class Trainer:
         if index < o.warmup_steps:
             return o.lr * (index + 1) / o.warmup_steps
         along = (index - o.warmup_steps) / max(1, steps - o.warmup_steps)
-        return o.lr * {"constant": 1.0, "linear": 1 - along, "cosine": 0.5 + 0.5 * math.cos(math.pi * along)}[o.schedule]
+        cosine = 0.5 + 0.5 * math.cos(math.pi * along)
+        return o.lr * {"constant": 1.0, "linear": 1 - along, "cosine": cosine}[o.schedule]
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -202,20 +209,28 @@ def train(config: TrainConfig) -> TrainSummary:
     prompts = load_prompts(c.prompts.source, c.prompts.limit, tag_weights=c.prompts.tag_weights)
     path = output_path(c.output, c.model.name)
     refuse_existing(path)
+    keep_memory()
     model = load(c.model.name, device=c.model.device)
     if c.model.adapter is None:
         model.add_lora(c.lora, seed=derive_seed(c.seed, 0))
     else:
         model.load_adapter(c.model.adapter, trainable=True)
     trainer = Trainer(model, prompts, c)
-    model.encode_prompts([p.text for p in prompts])  # a prompt that does not fit is found before anything is computed
+    trainer.check_prompts()
     with Run.create(path, c, tensorboard=c.log.tensorboard) as run, Interrupt() as interrupt:
         before = measure(trainer, interrupt) if c.eval.before_after else {}
         done, last = _loop(trainer, run, interrupt)
         model.save_adapter(run.path / "adapter")
         after = measure(trainer, interrupt) if c.eval.before_after else {}
-        summary = TrainSummary(output=run.path, steps=done, seconds=time.time() - began, before=before, after=after,
-                               interrupted=interrupt.asked, last=last)  # fmt: skip
+        summary = TrainSummary(
+            output=run.path,
+            steps=done,
+            seconds=time.time() - began,
+            before=before,
+            after=after,
+            interrupted=interrupt.asked,
+            last=last,
+        )
         run.summary(summary.as_dict())
     return summary
 
@@ -239,30 +254,3 @@ def _loop(trainer: Trainer, run: Run, interrupt: Interrupt) -> tuple[int, dict[s
             if c.eval.every and done % c.eval.every == 0:
                 run.log(done, {f"eval/{k}": r.overall.value for k, r in measure(trainer, interrupt).items()})
     return done, metrics
-
-
-@torch.no_grad()
-def draw_samples(trainer: Trainer, run: Run, step: int) -> None:
-    """The first prompts with fixed seeds, so that pictures of different steps can be compared."""
-    c = trainer.config
-    if not (c.log.sample_every and c.log.sample_prompts):
-        return
-    batch = trainer.prompts[: c.log.sample_prompts]
-    seeds = [derive_seed(c.seed, 3, p.id) for p in batch]
-    with trainer.autocast():
-        rollout = trainer.model.rollout(trainer.model.encode_prompts([p.text for p in batch]), 1, trainer.sampling, seeds)
-        pixels = trainer.model.decode(rollout)
-        with trainer.model.teacher("frozen"):
-            scorer = Scorer(trainer.model, replace(c.reward, kind="geometric_mean"))
-            scores = scorer(trainer.model.read_pixels(pixels), rollout.prompts.texts)
-    run.samples(step, pixels, [p.text for p in batch], scores.reward_S.tolist())
-
-
-def measure(trainer: Trainer, interrupt: Interrupt) -> dict[str, Report]:
-    """The configured benchmarks under the training law; nothing after Ctrl-C."""
-    e, reports = trainer.config.eval, dict[str, Report]()
-    for name in e.benchmarks if not interrupt.asked else ():
-        with Progress(f"measuring {name}", 0) as progress, trainer.autocast():
-            reports[name] = evaluate(trainer.model, name, images_per_prompt=e.images_per_prompt, seed=e.seed,
-                                     sampling=trainer.sampling, progress=progress)  # fmt: skip
-    return reports

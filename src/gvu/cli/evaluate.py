@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, judge, report."""
     model = load_model(args)
-    from gvu.evaluate import evaluate
+    from gvu.evaluation import evaluate
     from gvu.progress import Progress
 
     with Progress(args.benchmark, 0, file=sys.stderr if args.json else None) as progress:

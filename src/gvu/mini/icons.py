@@ -5,7 +5,7 @@ An icon is a tuple of primitives `(shape, role, *numbers)`; `role` names a paint
 Every icon gets one ink outline around its silhouette, so that white objects show on light grounds.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +154,7 @@ def _shape(draw: ImageDraw.ImageDraw, kind: str, v: list[float], fill: RGB | int
         _stroke(draw, v[1:], v[0], fill)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(name: str, color: str, size: int) -> NDArray[np.float32]:
     """One object as premultiplied RGBA of shape (size, size, 4) in [0, 1], with a margin of half a pixel for its outline."""
     side, margin = size * SUPERSAMPLE, SUPERSAMPLE
@@ -163,7 +163,9 @@ def sprite(name: str, color: str, size: int) -> NDArray[np.float32]:
     for kind, role, numbers in ICONS[name]:
         head = numbers[:1] if kind == "line" else ()
         lengths = kind in ("disc", "hole", "pie")
-        v = [n * scale for n in head] + [n * scale + (0 if lengths and i >= 2 else margin) for i, n in enumerate(numbers[len(head):])]
+        v = [n * scale for n in head] + [
+            n * scale + (0 if lengths and i >= 2 else margin) for i, n in enumerate(numbers[len(head) :])
+        ]
         if kind == "box":
             v[4] = numbers[4] * scale
         _shape(ImageDraw.Draw(image), kind, v, paint[role])

@@ -1,6 +1,7 @@
 """Scenes of the mini world and their 64x64 pictures.
 
-`scene_for(metadata, rng)` lays out objects so that a GenEval or GenEval++ prompt is true of the picture; `render` paints it.
+`scene_for(metadata, rng)` lays out objects so that a GenEval or GenEval++ prompt is true of the picture; `render`
+paints it.
 Objects are 16 or 24 pixels wide, stand on an 8-pixel lattice and do not overlap.
 """
 
@@ -68,7 +69,8 @@ def scene_for(metadata: Mapping[str, Any], rng: np.random.Generator, tries: int 
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of 1 to 7 random objects in random colours: what the picture parts (tokenizer, decoder, detector) are trained on."""
+    """A scene of 1 to 7 random objects in random colours: what the picture parts (tokenizer, decoder, detector) are
+    trained on."""
     names, colors = tuple(NATURAL), tuple(PALETTE)
     count = int(rng.choice(7, p=(0.18, 0.3, 0.2, 0.14, 0.06, 0.06, 0.06))) + 1
     repeat = names[rng.integers(len(names))] if rng.random() < 0.3 else None
@@ -105,8 +107,9 @@ def _size(clause: Mapping[str, Any], total: int, crowded: bool, rng: np.random.G
     return LARGE if rng.random() < (0.5 if total < 3 else 0.25) else SMALL
 
 
-def _place(clause: Mapping[str, Any], placed: Sequence[Placed], firsts: Sequence[Placed], size: int,
-           rng: np.random.Generator) -> Placed | None:  # fmt: skip
+def _place(
+    clause: Mapping[str, Any], placed: Sequence[Placed], firsts: Sequence[Placed], size: int, rng: np.random.Generator
+) -> Placed | None:
     color = clause.get("color", NATURAL[clause["class"]])
     for _ in range(24):
         x, y = (int(v) * LATTICE for v in rng.integers(0, (SIDE - size) // LATTICE + 1, 2))
@@ -125,7 +128,13 @@ def _touch(a: Placed, b: Placed) -> bool:
 
 def _in_region(o: Placed, region: str | None) -> bool:
     half = SIDE / 2
-    inside = {None: True, "left": o.x + o.size <= half, "right": o.x >= half, "above": o.y + o.size <= half, "below": o.y >= half}
+    inside = {
+        None: True,
+        "left": o.x + o.size <= half,
+        "right": o.x >= half,
+        "above": o.y + o.size <= half,
+        "below": o.y >= half,
+    }
     return inside[region]
 
 

@@ -14,8 +14,8 @@ from typing import Literal, Self, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gvu.errors import GvuError
@@ -73,7 +73,10 @@ class Prompts:
 
     def expand(self, n: int) -> "Prompts":
         """Every prompt repeated `n` times, so that row s is sample s."""
-        grown = {k: getattr(self, k).repeat_interleave(n, 0) for k in ("ids_P_L", "mask_P_L", "uncond_ids_P_L", "uncond_mask_P_L")}
+        grown = {
+            k: getattr(self, k).repeat_interleave(n, 0)
+            for k in ("ids_P_L", "mask_P_L", "uncond_ids_P_L", "uncond_mask_P_L")
+        }
         return replace(self, texts=tuple(t for t in self.texts for _ in range(n)), **grown)
 
     def rows(self, index: Rows) -> "Prompts":
@@ -107,8 +110,14 @@ class Rollout:
 
     def rows(self, index: Rows) -> "Rollout":
         """The samples of some rows."""
-        return replace(self, prompts=self.prompts.rows(index), codes_S_A=self.codes_S_A[index], logp_S_A=self.logp_S_A[index],
-                       entropy_S_A=self.entropy_S_A[index], seeds=_take(self.seeds, index))  # fmt: skip
+        return replace(
+            self,
+            prompts=self.prompts.rows(index),
+            codes_S_A=self.codes_S_A[index],
+            logp_S_A=self.logp_S_A[index],
+            entropy_S_A=self.entropy_S_A[index],
+            seeds=_take(self.seeds, index),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +206,9 @@ class UnifiedModel(ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Self:
         """Load a checkpoint folder in the released layout."""
 
     @classmethod
@@ -249,9 +260,16 @@ class UnifiedModel(ABC):
     def lora_targets(self, scope: str) -> str:
         """Regular expression of the module names that LoRA adapts."""
 
-    def generate(self, prompts: str | Sequence[str], n: int = 1, seed: int = 0, sampling: Sampling | None = None,
-                 steps: int | None = None) -> Images:  # fmt: skip
-        """Draw `n` images for each prompt; the same seed gives the same image of a prompt at a place, whatever follows it."""
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        steps: int | None = None,
+    ) -> Images:
+        """Draw `n` images for each prompt; the same seed gives the same image of a prompt at a place, whatever
+        follows it."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or n < 1:
             raise GvuError(f"{len(texts)} prompts x {n} images: give at least one of each")
@@ -270,20 +288,26 @@ class UnifiedModel(ABC):
         self._refuse_second()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=self.lora_targets(spec.scope))
+            config = LoraConfig(
+                r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=self.lora_targets(spec.scope)
+            )
             self.language = get_peft_model(self.language, config).eval()  # type: ignore[arg-type]
 
     def load_adapter(self, path: str | Path, *, trainable: bool = False) -> None:
         """Put a saved PEFT adapter on the language model."""
         self._refuse_second()
         if not all((Path(path) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
-            raise GvuError(f"no adapter in {str(path)!r}: expected adapter_config.json and adapter_model.safetensors there")
+            raise GvuError(
+                f"no adapter in {str(path)!r}: expected adapter_config.json and adapter_model.safetensors there"
+            )
         try:
             wrapped = PeftModel.from_pretrained(self.language, str(path), is_trainable=trainable)  # type: ignore[arg-type]
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise GvuError(f"the adapter {str(path)!r} does not load on this model ({first}); "
-                           "give an adapter that was trained on it, and copy it whole") from error  # fmt: skip
+            raise GvuError(
+                f"the adapter {str(path)!r} does not load on this model ({first}); "
+                "give an adapter that was trained on it, and copy it whole"
+            ) from error
         self.language = wrapped.eval()
 
     def save_adapter(self, path: str | Path) -> None:
@@ -309,7 +333,8 @@ class UnifiedModel(ABC):
 
     @contextmanager
     def teacher(self, mode: Teacher) -> Iterator[None]:
-        """Inside, the parameters are the teacher's: adapter off (`frozen`), as they are (`current`), or averaged (`ema`)."""
+        """Inside, the parameters are the teacher's: adapter off (`frozen`), as they are (`current`), or averaged
+        (`ema`)."""
         has_adapter = isinstance(self.language, PeftModel)
         inner = {"frozen": self._frozen, "current": nullcontext, "ema": self._averaged}[mode]
         with inner() if has_adapter else nullcontext():
@@ -327,7 +352,8 @@ class UnifiedModel(ABC):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Inside, the adapter is folded into the weights (in the autocast dtype) and costs nothing; outside they are as before.
+        """Inside, the adapter is folded into the weights (in the autocast dtype) and costs nothing; outside they are
+        as before.
 
         For rollouts. The original tensors are put back, not subtracted from, so nothing drifts.
         """
@@ -348,7 +374,9 @@ class UnifiedModel(ABC):
                 layer = module.get_base_layer()
                 yield layer, layer.weight.data
                 whole = layer.weight.data + sum(module.get_delta_weight(name) for name in module.active_adapters)
-                layer.weight.data = whole.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else whole
+                layer.weight.data = (
+                    whole.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else whole
+                )
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -43,7 +43,9 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def load(name_or_path: str, *, adapter: str | None = None, device: str = "auto", dtype: torch.dtype = torch.float32) -> UnifiedModel:
+def load(
+    name_or_path: str, *, adapter: str | None = None, device: str = "auto", dtype: torch.dtype = torch.float32
+) -> UnifiedModel:
     """Load a model by embedded name or checkpoint folder, with a trained adapter on it if given.
 
     Raises:

@@ -8,8 +8,8 @@ A package that adds a model runs all of it with
     def test_conformance(check):
         check(MyModel.tiny)
 
-Each check takes the factory (seed -> model), makes its own models and raises AssertionError where the adapter fails. The
-logs compared are in nats. Shape suffixes: S samples, A actions, T text tokens.
+Each check takes the factory (seed -> model), makes its own models and raises AssertionError where the adapter fails.
+Logs compared are in nats. Shape suffixes: S samples, A actions, T text tokens.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,7 @@ CHECKS: tuple[Callable[[Tiny], None], ...] = (
     training.batches_change_nothing,
     training.teachers_are_what_they_say,
     training.ema_is_the_average,
+    training.folding_in_is_temporary,
     saving.adapter_loads_with_peft,
     saving.second_adapter_is_refused,
     saving.merging_keeps_the_function,

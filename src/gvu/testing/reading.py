@@ -86,7 +86,7 @@ def pixels_are_read_per_image(tiny: Tiny) -> None:
     assert odd.content_S.shape[1:] == reading.content_S.shape[1:]
 
 
-def unknown_paths_arerefused(tiny: Tiny) -> None:
+def unknown_paths_are_refused(tiny: Tiny) -> None:
     """Reading by a path that is not declared is a GvuError."""
     model = tiny(0)
     path: Any = "smell"

@@ -113,3 +113,17 @@ def ema_is_the_average(tiny: Tiny) -> None:
             near(p.detach(), wanted[n], 1e-6)
         differ(outputs(model, rollout), own)
     same(outputs(model, rollout), own, 0)
+
+
+def folding_in_is_temporary(tiny: Tiny) -> None:
+    """Inside `merged` the weights alone do what the adapter does, within 1e-4 nat; afterwards nothing has moved."""
+    model = adapted(tiny)
+    rollout = drawn(model)
+    own, before = outputs(model, rollout), {n: p.detach().clone() for n, p in model.language.named_parameters()}
+    trained = set(model.trainable())
+    with model.merged():
+        same(outputs(model, rollout), own, 1e-4)
+        near(drawn(model).logp_S_A, rollout.logp_S_A, 1e-4)
+    same(outputs(model, rollout), own, 0)
+    assert all(torch.equal(p, before[n]) for n, p in model.language.named_parameters())
+    assert set(model.trainable()) == trained

@@ -1,6 +1,7 @@
 """Recipe of the embedded checkpoints: `gvu mini pretrain STAGE --out DIR`, in the order of `STAGES`, or `all`.
 
-Every stage reads what the stages before it left in DIR, resumes from its own checkpoint there, and uses a GPU where there is one.
+Every stage reads what the stages before it left in DIR, resumes from its own checkpoint there, and uses a GPU where
+there is one.
 `pack` writes the shipped folders from DIR (in bf16); `measure` prints the model card's figures.
 """
 
@@ -31,7 +32,9 @@ def main(args: argparse.Namespace) -> int:
 def _check_fresh(folder: Path, resume: bool) -> None:
     if (folder / "state.json").is_file() and not resume:
         done = json.loads((folder / "state.json").read_text())["step"]
-        raise GvuError(f"{str(folder)!r} holds a checkpoint at step {done}; add --resume to go on from it, or give another --out")
+        raise GvuError(
+            f"{str(folder)!r} holds a checkpoint at step {done}; add --resume to go on from it, or give another --out"
+        )
 
 
 def runners() -> dict[str, Callable[[Path, int], object]]:

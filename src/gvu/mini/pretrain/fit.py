@@ -1,7 +1,8 @@
 """One resumable training loop for every stage of the mini recipe.
 
-A stage gives a module and a loss of (step, generator-free batch); `fit` does AdamW with warm-up and cosine decay, gradient
-clipping, bf16 autocast, and checkpoints (safetensors and JSON) from which the same command goes on after an interruption.
+A stage gives a module and a loss of (step, generator-free batch); `fit` does AdamW with warm-up and cosine decay,
+gradient clipping, bf16 autocast, and checkpoints (safetensors and JSON) from which the same command goes on after an
+interruption.
 Batches are functions of (seed, step), so a resumed run sees what the uninterrupted one would have seen.
 """
 
@@ -69,13 +70,19 @@ class Optimizers:
 
     def __init__(self, module: nn.Module, config: FitConfig) -> None:
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        hidden = [p for n, p in named.items() if p.ndim == 2 and any(k in n for k in INNER)] if config.optimizer == "muon" else []
+        hidden = (
+            [p for n, p in named.items() if p.ndim == 2 and any(k in n for k in INNER)]
+            if config.optimizer == "muon"
+            else []
+        )
         taken = {id(p) for p in hidden}
         rest = [p for p in named.values() if id(p) not in taken]
         adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if hidden:
-            self.parts.append(torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(
+                torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
 
     def step(self, lr: float) -> None:
         """One update at this learning rate."""
@@ -86,7 +93,12 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """Moments by `part.parameter.name`."""
-        return {f"{k}.{i}.{n}": v for k, part in enumerate(self.parts) for i, s in part.state_dict()["state"].items() for n, v in s.items()}
+        return {
+            f"{k}.{i}.{n}": v
+            for k, part in enumerate(self.parts)
+            for i, s in part.state_dict()["state"].items()
+            for n, v in s.items()
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` gave."""
@@ -121,9 +133,17 @@ def load_stage(folder: Path, module: nn.Module, optimizer: Optimizers) -> int:
     return int(json.loads((folder / "state.json").read_text())["step"])
 
 
-def fit(module: nn.Module, loss: Loss, config: FitConfig, folder: Path, every: int = 25,
-        after_step: Callable[[int], None] | None = None, milestones: dict[int, str] | None = None) -> None:  # fmt: skip
-    """Train `module` to `config.steps`, from the checkpoint in `folder` if there is one, printing a line every `every` steps.
+def fit(
+    module: nn.Module,
+    loss: Loss,
+    config: FitConfig,
+    folder: Path,
+    every: int = 25,
+    after_step: Callable[[int], None] | None = None,
+    milestones: dict[int, str] | None = None,
+) -> None:
+    """Train `module` to `config.steps`, from the checkpoint in `folder` if there is one, printing a line every
+    `every` steps.
 
     `milestones` maps a step to a name under which the module is kept beside the checkpoint.
     """
@@ -146,8 +166,9 @@ def fit(module: nn.Module, loss: Loss, config: FitConfig, folder: Path, every: i
     module.eval()
 
 
-def _update(module: nn.Module, params: list[nn.Parameter], optimizer: Optimizers, loss: Loss, config: FitConfig,
-            step: int) -> dict[str, float]:  # fmt: skip
+def _update(
+    module: nn.Module, params: list[nn.Parameter], optimizer: Optimizers, loss: Loss, config: FitConfig, step: int
+) -> dict[str, float]:
     for p in params:
         p.grad = None
     with torch.autocast(params[0].device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -174,7 +195,10 @@ class _Log:
             return
         means = {k: round(v / self.count, 5) for k, v in self.sums.items()}
         rate = (time.monotonic() - began) / (step + 1 - self.start)
-        print(f"step {step + 1}/{steps}  {rate:.2f} s/step  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()), flush=True)
+        print(
+            f"step {step + 1}/{steps}  {rate:.2f} s/step  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()),
+            flush=True,
+        )
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step + 1, **means}) + "\n")
         self.sums, self.count = {}, 0
@@ -188,6 +212,7 @@ class Prefetch(Generic[B]):
         self.ready: dict[int, Future[B]] = {}
 
     def __call__(self, step: int) -> B:
+        """The batch of a step."""
         future = self.ready.pop(step, None) or self.pool.submit(self.batch, step)
         self.ready = {step + 1: self.pool.submit(self.batch, step + 1)}
         return future.result()

@@ -1,7 +1,7 @@
 """Stage `language`: X-Omni-Mini's language model learns to draw (caption -> codes) and to read (codes -> caption).
 
-One trajectory gives both checkpoints. Its first part shows it few drawing examples and many reading ones (`mini-weak` is taken
-there), the second part mostly drawing ones (`mini`). Nothing is frozen and no label is noisy.
+One trajectory gives both checkpoints. Its first part shows it few drawing examples and many reading ones (`mini-weak`
+is taken there), the second part mostly drawing ones (`mini`). Nothing is frozen and no label is noisy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,15 @@ class Phase:
 def config_for(tokenizer: PreTrainedTokenizerFast) -> XOmniConfig:
     """The mini language model's configuration; its text vocabulary is what the tokenizer has before `<MM-Token-0>`."""
     text = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
-    return XOmniConfig(**shapes.LANGUAGE, vocab_size=text, mm_vocab_size=shapes.CODES + 16, image_vocab_size=shapes.CODES,
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)  # fmt: skip
+    return XOmniConfig(
+        **shapes.LANGUAGE,
+        vocab_size=text,
+        mm_vocab_size=shapes.CODES + 16,
+        image_vocab_size=shapes.CODES,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
 
 
 class Layout:
@@ -54,22 +61,32 @@ class Layout:
         rows, columns = shapes.GRID
         self.frame = self.encode(f"<SOM>{rows} {columns}<IMAGE>")
         content = f"<SOM>{rows} {columns}<IMAGE><EOM>\n{INSTRUCTION}"
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
         ids = self.encode(chat)
         cut = ids.index(tokenizer.convert_tokens_to_ids("<IMAGE>")) + 1
         self.before, self.after = ids[:cut], ids[cut:]
-        self.end, self.pad, self.base = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<MM-Token-0>")
+        self.end, self.pad, self.base = (
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            tokenizer.convert_tokens_to_ids("<MM-Token-0>"),
+        )
 
     def draw(self, texts: Sequence[str | None], codes_S_A: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, labels) of drawing examples, right-padded; a None text is the unconditional twin."""
         heads = [([] if t is None else self.encode(t)) + self.frame for t in texts]
-        return self._rows([h for h in heads], codes_S_A, [[] for _ in texts], label_codes=True)
+        return self._rows(heads, codes_S_A, [[] for _ in texts], label_codes=True)
 
     def read(self, texts: Sequence[str], codes_S_A: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, labels) of reading examples; labels are the caption and the end of turn."""
-        return self._rows([self.before] * len(texts), codes_S_A, [self.encode(t) + [self.end] for t in texts], label_codes=False)
+        return self._rows(
+            [self.before] * len(texts), codes_S_A, [self.encode(t) + [self.end] for t in texts], label_codes=False
+        )
 
-    def _rows(self, heads: list[list[int]], codes_S_A: Tensor, tails: list[list[int]], label_codes: bool) -> tuple[Tensor, Tensor]:
+    def _rows(
+        self, heads: list[list[int]], codes_S_A: Tensor, tails: list[list[int]], label_codes: bool
+    ) -> tuple[Tensor, Tensor]:
         images = (codes_S_A + self.base).tolist()
         middle = [] if label_codes else self.after
         rows = [h + i + middle + t for h, i, t in zip(heads, images, tails, strict=True)]
@@ -90,7 +107,9 @@ def batch_of(seed: int, step: int, count: int) -> tuple[list[str], Tensor]:
 class Drawing:
     """Loss of a step: mean nats per code when drawing plus mean nats per caption token when reading."""
 
-    def __init__(self, model: XOmniForCausalLM, vision: VisionTokenizer, layout: Layout, phases: Sequence[Phase], seed: int) -> None:
+    def __init__(
+        self, model: XOmniForCausalLM, vision: VisionTokenizer, layout: Layout, phases: Sequence[Phase], seed: int
+    ) -> None:
         self.model, self.vision, self.layout, self.phases, self.seed = model, vision.eval(), layout, phases, seed
         self.batch = Prefetch(lambda step: batch_of(seed, step, max(self.phase(step).draw, self.phase(step).read)))
 
@@ -99,6 +118,7 @@ class Drawing:
         return next(p for p in self.phases if step < p.until or p is self.phases[-1])
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a step and its two parts."""
         phase, (texts, images) = self.phase(step), self.batch(step)
         with torch.no_grad():
             codes = self.vision.encode(images.to(device())).cpu()
@@ -117,13 +137,26 @@ class Drawing:
         return F.cross_entropy(head(hidden[kept]).float(), target)
 
 
-def train_language(folder: Path, tokenizer: PreTrainedTokenizerFast, vision: VisionTokenizer, phases: Sequence[Phase],
-                   milestones: dict[int, str], seed: int = 14, lr: float = 2e-3) -> nn.Module:  # fmt: skip
+def train_language(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    vision: VisionTokenizer,
+    phases: Sequence[Phase],
+    milestones: dict[int, str],
+    seed: int = 14,
+    lr: float = 2e-3,
+) -> nn.Module:
     """Stage `language`; `milestones` (step -> name) are kept beside the checkpoint."""
     torch.manual_seed(seed)
     model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME).to(device())
     loss = Drawing(model, vision.to(device()), Layout(tokenizer), phases, seed)
-    fit(model, loss, FitConfig(steps=phases[-1].until, lr=lr, warmup=100, optimizer="muon"), folder / "language", milestones=milestones)
+    fit(
+        model,
+        loss,
+        FitConfig(steps=phases[-1].until, lr=lr, warmup=100, optimizer="muon"),
+        folder / "language",
+        milestones=milestones,
+    )
     return model
 
 
@@ -134,6 +167,7 @@ def tokenizer_at(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def train_mini(folder: Path, steps: int) -> nn.Module:
-    """Stage `language` as shipped: `mini-weak` is kept at the end of the first phase, `mini` at the end of the second."""
+    """Stage `language` as shipped: `mini-weak` is kept at the end of the first phase, `mini` at the end of the
+    second."""
     phases = [Phase(until=WEAK_AT, draw=24, read=80), Phase(until=steps, draw=64, read=40)]
     return train_language(folder, tokenizer_at(folder), load_vision(folder), phases, {WEAK_AT: "weak", steps: "mini"})

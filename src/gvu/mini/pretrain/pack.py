@@ -36,7 +36,8 @@ def load_decoder(folder: Path) -> FlowDecoder:
 
 
 def reconstructor(folder: Path, steps: int = DECODER_STEPS) -> Callable[[Tensor], Tensor]:
-    """Pixels (S, 3, 64, 64) in [0, 1] through codes and flow decoder and back, as the policy's own pictures are made."""
+    """Pixels (S, 3, 64, 64) in [0, 1] through codes and flow decoder and back, as the policy's own pictures are
+    made."""
     return roundtrip(load_vision(folder), load_decoder(folder), steps)
 
 
@@ -46,7 +47,9 @@ def roundtrip(vision: VisionTokenizer, decoder: FlowDecoder, steps: int = DECODE
     @torch.no_grad()
     def reconstruct(pixels: Tensor) -> Tensor:
         codes = vision.encode(2 * pixels - 1)
-        seeds = [derive_seed(k, int(row.sum())) for k, row in enumerate(codes)]  # a function of the pictures, for exact resume
+        seeds = [
+            derive_seed(k, int(row.sum())) for k, row in enumerate(codes)
+        ]  # a function of the pictures, for exact resume
         return decoder.decode(vision.latents(codes, shapes.GRID), shapes.GRID, steps=steps, cfg=1.0, seeds=seeds)
 
     return reconstruct
@@ -62,8 +65,14 @@ def parts(folder: Path, language: str) -> checkpoint.Parts:
     tokenizer = tokenizer_at(folder)
     model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME)
     model.load_state_dict(load_file(folder / "language" / f"{language}.safetensors"))
-    return checkpoint.Parts(language=model.eval(), tokenizer=tokenizer, vision=load_vision(folder), decoder=lambda: load_decoder(folder),
-                            grid=shapes.GRID, decoder_steps=DECODER_STEPS)  # fmt: skip
+    return checkpoint.Parts(
+        language=model.eval(),
+        tokenizer=tokenizer,
+        vision=load_vision(folder),
+        decoder=lambda: load_decoder(folder),
+        grid=shapes.GRID,
+        decoder_steps=DECODER_STEPS,
+    )
 
 
 def pack(folder: Path, home: Path | None = None) -> None:
@@ -77,14 +86,16 @@ def pack(folder: Path, home: Path | None = None) -> None:
 def measure() -> dict[str, Any]:
     """Stage `measure`: figures of the shipped files, printed as JSON."""
 
-    from gvu.evaluate import evaluate
+    from gvu.evaluation import evaluate
     from gvu.models.registry import load
     from gvu.probes import understanding
 
     figures: dict[str, Any] = {}
     for name in ("mini", "mini-weak"):
         model = load(name)
-        figures[name] = {b: evaluate(model, b, images_per_prompt=2).as_dict(rows=False) for b in ("geneval-mini", "geneval++-mini")}
+        figures[name] = {
+            b: evaluate(model, b, images_per_prompt=2).as_dict(rows=False) for b in ("geneval-mini", "geneval++-mini")
+        }
         figures[name]["understanding"] = understanding(model).as_dict()
         shared = roundtrip(model.vision, model.decoder)
     figures["detector"] = detect.measure(Detector.default(), shared)

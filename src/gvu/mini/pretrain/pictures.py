@@ -113,7 +113,12 @@ def train_vision(folder: Path, steps: int, seed: int = 12, batch: int = 48) -> V
         dead.seen(codes)
         last[:] = [x]
         l1, l2 = F.l1_loss(y, x), F.mse_loss(y, x)
-        metrics = {"l1": float(l1.detach()), "mse": float(l2.detach()), "vq": float(quantiser.detach()), "codes": float(len(codes.unique()))}
+        metrics = {
+            "l1": float(l1.detach()),
+            "mse": float(l2.detach()),
+            "vq": float(quantiser.detach()),
+            "codes": float(len(codes.unique())),
+        }
         return l1 + 2 * l2 + 0.25 * quantiser, metrics
 
     def after(step: int) -> None:
@@ -132,6 +137,7 @@ class DecoderTrainer:
         self.stream = pictures(seed, batch)
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a step."""
         x = self.stream(step).to(device())
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         with torch.no_grad():
@@ -147,7 +153,8 @@ class DecoderTrainer:
 
 
 def scale_latents(vae: AutoencoderKL, seed: int = 16) -> None:
-    """Set the VAE's `shift_factor` and `scaling_factor` so that its latents have mean 0 and deviation 1 on random scenes."""
+    """Set the VAE's `shift_factor` and `scaling_factor` so that its latents have mean 0 and deviation 1 on random
+    scenes."""
     x = pixels(scenes(seed, 0, 256)).to(device())
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean

@@ -11,7 +11,8 @@ PROJECTOR = ProjectorConfig(z_channels=128, codebook_size=CODES, codebook_dim=32
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
     "block_out_channels": (16, 32, 48), "layers_per_block": 1, "latent_channels": 8, "norm_num_groups": 8,
-    "sample_size": 64, "scaling_factor": 1.0, "shift_factor": 0.0, "use_quant_conv": False, "use_post_quant_conv": False,
+    "sample_size": 64, "scaling_factor": 1.0, "shift_factor": 0.0, "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }  # fmt: skip
 FLUX: dict[str, Any] = {
     "patch_size": 1, "in_channels": 32, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32,

@@ -1,6 +1,8 @@
-"""The mini checkpoints' tokenizer: byte-level BPE over the world's own captions, in Hugging Face format, with a chat template.
+"""The mini checkpoints' tokenizer: byte-level BPE over the world's own captions, in Hugging Face format, with a chat
+template.
 
-Text ids come first; `<MM-Token-k>` has id `vocab_size + k`, then `<SOM>`, `<EOM>`, `<IMAGE>` as in the released tokenizer.
+Text ids come first; `<MM-Token-k>` has id `vocab_size + k`, then `<SOM>`, `<EOM>`, `<IMAGE>` as in the released
+tokenizer.
 """
 
 from collections.abc import Iterator
@@ -36,11 +38,15 @@ def make_tokenizer(count: int = 20_000) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=list(CHAT), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=list(CHAT), initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(_corpus(count), trainer)
     tokens = [f"<MM-Token-{k}>" for k in range(shapes.CODES)] + ["<SOM>", "<EOM>", "<IMAGE>"]
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
     fast.chat_template = TEMPLATE
     return fast
 

@@ -1,7 +1,8 @@
 """X-Omni behind the `UnifiedModel` interface: draws image codes token by token, reads codes or pixels.
 
 Drawing:  `{prompt}<SOM>rows columns<IMAGE>` then rows * columns codes, sampled from the image head only.
-Reading:  chat turn of the user `<SOM>rows columns<IMAGE>codes<EOM>\\n{instruction}`, the text as the assistant's answer.
+Reading:  chat turn of the user `<SOM>rows columns<IMAGE>codes<EOM>\\n{instruction}`, the text as the assistant's
+answer.
 Codes travel as ids, never as strings.
 
 Shape suffixes: P prompts, S samples, A image tokens, L prompt tokens, T text tokens, V codes.
@@ -40,11 +41,19 @@ class XOmni(UnifiedModel):
         self.vision = parts.vision.to(self.device).eval().requires_grad_(False)
         self.tokenizer, self.parts, self._decoder = parts.tokenizer, parts, None
         self.special = {t: self.tokenizer.convert_tokens_to_ids(t) for t in ("<SOM>", "<EOM>", "<IMAGE>")}
-        self.capabilities = Capabilities(policy="ar", reads=frozenset({"tokens", "pixels"}), shared_parameters=True, cfg="log_softmax",
-                                         codebook=self.config.image_vocab_size, grids=(parts.grid,))  # fmt: skip
+        self.capabilities = Capabilities(
+            policy="ar",
+            reads=frozenset({"tokens", "pixels"}),
+            shared_parameters=True,
+            cfg="log_softmax",
+            codebook=self.config.image_vocab_size,
+            grids=(parts.grid,),
+        )
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Self:
         """Load a checkpoint folder in the released layout (see `checkpoint`)."""
         return cls(checkpoint.load(Path(path), dtype), device)
 
@@ -79,7 +88,14 @@ class XOmni(UnifiedModel):
             self._check_length(text, len(row) + grid[0] * grid[1])
         ids, mask = self._left_pad(rows)
         uncond_ids, uncond_mask = self._left_pad([frame] * len(rows), ids.shape[1])
-        return Prompts(texts=tuple(texts), grid=grid, ids_P_L=ids, mask_P_L=mask, uncond_ids_P_L=uncond_ids, uncond_mask_P_L=uncond_mask)
+        return Prompts(
+            texts=tuple(texts),
+            grid=grid,
+            ids_P_L=ids,
+            mask_P_L=mask,
+            uncond_ids_P_L=uncond_ids,
+            uncond_mask_P_L=uncond_mask,
+        )
 
     @torch.no_grad()
     def rollout(self, prompts: Prompts, n: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
@@ -103,11 +119,18 @@ class XOmni(UnifiedModel):
                 step = (code + self.config.vocab_size)[:, None].repeat(2 if guided else 1, 1)
                 seen = None if padded is None else padded[:, : ids.shape[1] + a + 1]
                 last = self.language.hidden(step, seen, position + a, cache, image_only=True).hidden[:, -1]
-        return Rollout(prompts=prompts.expand(n), codes_S_A=torch.stack(codes, 1), logp_S_A=torch.stack(logps, 1),
-                       entropy_S_A=torch.stack(entropies, 1), sampling=sampling, seeds=tuple(seeds))  # fmt: skip
+        return Rollout(
+            prompts=prompts.expand(n),
+            codes_S_A=torch.stack(codes, 1),
+            logp_S_A=torch.stack(logps, 1),
+            entropy_S_A=torch.stack(entropies, 1),
+            sampling=sampling,
+            seeds=tuple(seeds),
+        )
 
     def policy_logp(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """See `UnifiedModel`. One pass over prompt and codes; the head runs on the positions that predict codes only."""
+        """See `UnifiedModel`. One pass over prompt and codes; the head runs on the positions that predict codes
+        only."""
         guided, codes = rollout.sampling.cfg != 1, rollout.codes_S_A
         ids, mask = self._branches(rollout.prompts, guided)
         image = (codes[:, :-1] + self.config.vocab_size).repeat(2 if guided else 1, 1)
@@ -120,7 +143,9 @@ class XOmni(UnifiedModel):
         """Ids and mask of the conditional rows, with the unconditional ones below them under guidance."""
         if not guided:
             return prompts.ids_P_L, prompts.mask_P_L
-        return torch.cat([prompts.ids_P_L, prompts.uncond_ids_P_L]), torch.cat([prompts.mask_P_L, prompts.uncond_mask_P_L])
+        return torch.cat([prompts.ids_P_L, prompts.uncond_ids_P_L]), torch.cat(
+            [prompts.mask_P_L, prompts.uncond_mask_P_L]
+        )
 
     @staticmethod
     def _guided(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -130,8 +155,13 @@ class XOmni(UnifiedModel):
     def decode(self, rollout: Rollout, *, steps: int | None = None, cfg: float | None = None) -> Tensor:
         """See `UnifiedModel`; the decoder reads the tokens alone (empty prompt)."""
         latents = self.vision.latents(rollout.codes_S_A, rollout.prompts.grid)
-        return self.decoder.decode(latents, rollout.prompts.grid, steps=steps or self.parts.decoder_steps, cfg=cfg or 1.0,
-                                   seeds=list(rollout.seeds))  # fmt: skip
+        return self.decoder.decode(
+            latents,
+            rollout.prompts.grid,
+            steps=steps or self.parts.decoder_steps,
+            cfg=cfg or 1.0,
+            seeds=list(rollout.seeds),
+        )
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +179,8 @@ class XOmni(UnifiedModel):
         return Reading(content_S=rollout.codes_S_A, grid=rollout.prompts.grid)
 
     def text_logp(self, reading: Reading, texts: Sequence[str], instruction: str) -> TextScore:
-        """See `UnifiedModel`. Rows differ only after the instruction, so they are padded on the right and need no mask."""
+        """See `UnifiedModel`. Rows differ only after the instruction, so they are padded on the right and need no
+        mask."""
         before, after = self._turn(reading.grid, instruction)
         rows = [self._ids(t) for t in texts]
         for text, row in zip(texts, rows, strict=True):
@@ -157,16 +188,26 @@ class XOmni(UnifiedModel):
         answer, mask = self._right_pad(rows)
         head = self._with_image(before, reading, after)
         hidden = self.language.hidden(torch.cat([head, answer], 1), text_only=True).hidden[:, head.shape[1] - 1 : -1]
-        logp = torch.log_softmax(self.language.text_logits(hidden).float(), -1).gather(-1, answer.unsqueeze(-1)).squeeze(-1)
+        logp = (
+            torch.log_softmax(self.language.text_logits(hidden).float(), -1)
+            .gather(-1, answer.unsqueeze(-1))
+            .squeeze(-1)
+        )
         return TextScore(logp_S_T=logp.masked_fill(~mask, 0.0), mask_S_T=mask, ids_S_T=answer)
 
     @torch.no_grad()
     def answer(self, reading: Reading, question: str, *, max_new_tokens: int = 64) -> list[str]:
         """See `UnifiedModel`; decoding is transformers' own."""
         head = self._with_image(*self._turn_around(reading, question))
-        out = self.language.generate(head, attention_mask=torch.ones_like(head), vocabulary="text", do_sample=False,
-                                     max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-                                     eos_token_id=self.tokenizer.eos_token_id)  # fmt: skip
+        out = self.language.generate(
+            head,
+            attention_mask=torch.ones_like(head),
+            vocabulary="text",
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
         return self.tokenizer.batch_decode(out[:, head.shape[1] :], skip_special_tokens=True)
 
     def text_tokens(self, text: str) -> list[str]:
@@ -219,4 +260,6 @@ class XOmni(UnifiedModel):
         limit = self.config.max_position_embeddings
         if length > limit:
             shown = text if len(text) <= 60 else text[:57] + "..."
-            raise GvuError(f"prompt {shown!r} needs {length} positions with its image, the model has {limit}; shorten it")
+            raise GvuError(
+                f"prompt {shown!r} needs {length} positions with its image, the model has {limit}; shorten it"
+            )

@@ -1,4 +1,5 @@
-"""X-Omni's checkpoint folder: language model and tokenizer as transformers saves them, and `vision_config` for the rest.
+"""X-Omni's checkpoint folder: language model and tokenizer as transformers saves them, and `vision_config` for the
+rest.
 
     config.json, generation_config.json, model.safetensors, tokenizer files, chat_template.jinja
     vision_config.encoder: siglip_path, projector_path (safetensors) and their shapes
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -27,6 +29,11 @@ from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
 from gvu.models.xomni.vision import ProjectorConfig, VisionTokenizer, VitConfig
 
 T = TypeVar("T")
+VISION_CONFIG = {
+    "encoder": ("siglip_path", "projector_path", "vit", "projector"),
+    "decoder": ("model_path", "flux_path", "grid", "steps"),
+}
+"""What `vision_config` must hold."""
 
 
 @dataclass(kw_only=True)
@@ -45,6 +52,7 @@ def load(folder: Path, dtype: torch.dtype) -> Parts:
     """Read a checkpoint folder; GvuError names the file that is missing, damaged or of the wrong shape."""
     config = read_config(folder)
     encoder, decoder = config.vision_config["encoder"], config.vision_config["decoder"]  # type: ignore[index]
+    check_decoder(folder, decoder)
     return Parts(
         language=load_language(folder, config, dtype),
         tokenizer=load_tokenizer(folder, config),
@@ -64,9 +72,16 @@ def read_config(folder: Path) -> XOmniConfig:
         raise GvuError(f"{path} is not JSON ({error}); restore it from the checkpoint's source") from None
     if raw.get("model_type") != XOmniConfig.model_type:
         raise GvuError(f"{path} says model_type {raw.get('model_type')!r}; expected {XOmniConfig.model_type!r}")
-    config = XOmniConfig.from_dict(raw)
-    if not config.vision_config or not {"encoder", "decoder"} <= set(config.vision_config):
-        raise GvuError(f"{path} has no vision_config with encoder and decoder, so this checkpoint can neither read nor draw")
+    config = _read(path, lambda: XOmniConfig.from_dict(raw))
+    vision = config.vision_config or {}
+    lost = [
+        f"{part}.{name}"
+        for part, names in VISION_CONFIG.items()
+        for name in names
+        if name not in (vision.get(part) or {})
+    ]
+    if lost:
+        raise GvuError(f"{path} lacks vision_config.{lost[0]}, so it can neither read nor draw; copy it again")
     return config
 
 
@@ -85,43 +100,93 @@ def load_tokenizer(folder: Path, config: XOmniConfig) -> PreTrainedTokenizerFast
     """The tokenizer; its image tokens must lie where the configuration puts them."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _present(folder, name)
-    tokenizer = _read(folder / "tokenizer.json", lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    tokenizer = _read(
+        folder / "tokenizer.json", lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    )
     first = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
     if first != config.vocab_size:
-        raise GvuError(f"{folder / 'tokenizer.json'} puts <MM-Token-0> at id {first}, config.json at {config.vocab_size}; "
-                       "take both from the same checkpoint")  # fmt: skip
+        raise GvuError(
+            f"{folder / 'tokenizer.json'} puts <MM-Token-0> at id {first}, config.json at {config.vocab_size}; "
+            "take both from the same checkpoint"
+        )
+    if not tokenizer.chat_template:
+        raise GvuError(
+            f"the tokenizer of {str(folder)!r} has no chat template, so it cannot read; copy chat_template.jinja too"
+        )
     return tokenizer
 
 
 def load_vision(folder: Path, encoder: dict[str, Any], dtype: torch.dtype) -> VisionTokenizer:
     """ViT and projector."""
-    vision = VisionTokenizer(VitConfig(**encoder["vit"]), ProjectorConfig(**encoder["projector"]))
+    config = folder / "config.json"
+    vision = _read(
+        config, lambda: VisionTokenizer(VitConfig(**encoder["vit"]), ProjectorConfig(**encoder["projector"]))
+    )
     fill(vision.vit, _present(folder, encoder["siglip_path"]), dtype)
     fill(vision.projector, _present(folder, encoder["projector_path"]), dtype)
     return vision.eval().requires_grad_(False)
 
 
+def check_decoder(folder: Path, decoder: dict[str, Any]) -> None:
+    """The decoder is loaded when it is first needed; that its files are there, whole and of its shapes is checked at
+    once."""
+    model, flux = _present(folder, decoder["model_path"]), _present(folder, decoder["flux_path"])
+    _present(folder, f"{decoder['flux_path']}/scheduler/scheduler_config.json")
+    for home, kind in ((model, XOmniFluxTransformer), (flux / "vae", AutoencoderKL)):
+        _present(home, "config.json")
+        with torch.device("meta"):
+            module = _read(
+                home / "config.json", lambda h=home, k=kind: k.from_config(k.load_config(str(h), local_files_only=True))
+            )
+        have = dict[str, torch.Size]()
+        for path in sorted(home.glob("*.safetensors")):
+            have |= _read(path, lambda p=path: _shapes(p))
+        wanted = {k: v.shape for k, v in module.state_dict().items()}
+        _fit({k: have[k] for k in wanted if k in have}, wanted, home)
+
+
+def _shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes in a safetensors file, from its header; SafetensorError where the file is cut short."""
+    with safe_open(path, "pt") as file:
+        return {k: torch.Size(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+
+
 def load_decoder(folder: Path, decoder: dict[str, Any], dtype: torch.dtype) -> FlowDecoder:
     """Flow transformer, VAE and scheduler, by diffusers."""
     model, flux = _present(folder, decoder["model_path"]), _present(folder, decoder["flux_path"])
-    transformer = _read(model, lambda: XOmniFluxTransformer.from_pretrained(str(model), torch_dtype=dtype, use_safetensors=True))
-    vae = _read(flux / "vae", lambda: AutoencoderKL.from_pretrained(str(flux), subfolder="vae", torch_dtype=dtype, use_safetensors=True))
-    scheduler = _read(flux / "scheduler", lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(str(flux), subfolder="scheduler"))
+    transformer = _read(
+        model, lambda: XOmniFluxTransformer.from_pretrained(str(model), torch_dtype=dtype, use_safetensors=True)
+    )
+    vae = _read(
+        flux / "vae",
+        lambda: AutoencoderKL.from_pretrained(str(flux), subfolder="vae", torch_dtype=dtype, use_safetensors=True),
+    )
+    scheduler = _read(
+        flux / "scheduler", lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(str(flux), subfolder="scheduler")
+    )
     return FlowDecoder(transformer, vae, scheduler).eval().requires_grad_(False)
 
 
 def fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
     """Load a safetensors file into a module (which may be on the meta device); every key and shape must fit."""
     state = _read(path, lambda: load_file(path))
-    wanted = {k: v.shape for k, v in module.state_dict().items()}
-    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k]]
-    if wrong:
-        raise GvuError(f"{path}: tensor {wrong[0]!r} has shape {tuple(state[wrong[0]].shape)}, the configuration asks for "
-                       f"{tuple(wanted[wrong[0]])}; config and weights are of different checkpoints")  # fmt: skip
-    for names, word in ((wanted.keys() - state.keys(), "lacks"), (state.keys() - wanted.keys(), "has the unexpected")):
-        if names:
-            raise GvuError(f"{path} {word} {len(names)} tensor(s), {sorted(names)[0]!r} first; it is not this model's file")
+    _fit({k: v.shape for k, v in state.items()}, {k: v.shape for k, v in module.state_dict().items()}, path)
     module.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+
+
+def _fit(have: dict[str, torch.Size], wanted: dict[str, torch.Size], path: Path) -> None:
+    """GvuError unless the tensors of a file are those that the configuration asks for."""
+    wrong = [k for k in wanted if k in have and have[k] != wanted[k]]
+    if wrong:
+        raise GvuError(
+            f"{path}: tensor {wrong[0]!r} has shape {tuple(have[wrong[0]])}, the configuration asks for "
+            f"{tuple(wanted[wrong[0]])}; config and weights are of different checkpoints"
+        )
+    for names, word in ((wanted.keys() - have.keys(), "lacks"), (have.keys() - wanted.keys(), "has the unexpected")):
+        if names:
+            raise GvuError(
+                f"{path} {word} {len(names)} tensor(s), {sorted(names)[0]!r} first; it is not this model's file"
+            )
 
 
 def save(folder: Path, parts: Parts, *, shared: str = ".", dtype: torch.dtype = torch.bfloat16) -> None:
@@ -148,10 +213,19 @@ def vision_config(parts: Parts, shared: str) -> dict[str, Any]:
     return {
         "dtype": "bfloat16",
         "transform": {"short_size": side * min(parts.grid), "long_size": side * max(parts.grid), "patch_size": side},
-        "encoder": {"siglip_path": at("siglip_vit.safetensors"), "projector_path": at("vq_projector.safetensors"),
-                    "vit": asdict(parts.vision.vit.config), "projector": asdict(parts.vision.projector.config)},
-        "decoder": {"model_path": at("decoder"), "flux_path": at("flux"), "grid": list(parts.grid), "steps": parts.decoder_steps},
-    }  # fmt: skip
+        "encoder": {
+            "siglip_path": at("siglip_vit.safetensors"),
+            "projector_path": at("vq_projector.safetensors"),
+            "vit": asdict(parts.vision.vit.config),
+            "projector": asdict(parts.vision.projector.config),
+        },
+        "decoder": {
+            "model_path": at("decoder"),
+            "flux_path": at("flux"),
+            "grid": list(parts.grid),
+            "steps": parts.decoder_steps,
+        },
+    }
 
 
 def _plain(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -169,6 +243,6 @@ def _read(path: Path, reader: Callable[[], T]) -> T:
     """Run a reader; what the libraries say about a damaged file becomes one sentence."""
     try:
         return reader()
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, StrictDataclassError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GvuError(f"{path} cannot be read ({first}); copy it again from the checkpoint's source") from error

@@ -27,28 +27,61 @@ def byte_tokenizer(codes: int) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokens = [*CHAT, *(f"<MM-Token-{k}>" for k in range(codes)), "<SOM>", "<EOM>", "<IMAGE>"]
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
     fast.chat_template = TEMPLATE
     return fast
 
 
 def tiny_language(tokenizer: PreTrainedTokenizerFast) -> XOmniForCausalLM:
     """Three layers of width 32."""
-    config = XOmniConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-                         max_position_embeddings=256, rms_norm_eps=1e-6, num_mm_adap_layers=1, num_mm_head_layers=1,
-                         vocab_size=tokenizer.convert_tokens_to_ids("<MM-Token-0>"), mm_vocab_size=CODES + 8, image_vocab_size=CODES,
-                         initializer_range=0.2, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                         bos_token_id=None)  # fmt: skip
+    config = XOmniConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-6,
+        num_mm_adap_layers=1,
+        num_mm_head_layers=1,
+        vocab_size=tokenizer.convert_tokens_to_ids("<MM-Token-0>"),
+        mm_vocab_size=CODES + 8,
+        image_vocab_size=CODES,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     return XOmniForCausalLM._from_config(config, attn_implementation=attention.NAME).eval()
 
 
 def tiny_decoder() -> FlowDecoder:
     """Flow decoder of width 16 over a VAE of width 8; 8 pixels per token."""
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
-                        shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
-    transformer = XOmniFluxTransformer(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1,
-                                       joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6), siglip_channels=32)  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    transformer = XOmniFluxTransformer(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+        siglip_channels=32,
+    )
     return FlowDecoder(transformer, vae, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)).eval()
 
 
@@ -60,5 +93,11 @@ def tiny_parts(seed: int) -> Parts:
         vit = VitConfig(img_size=32, patch_size=8, width=32, layers=1, heads=2, mlp_ratio=2.0)
         projector = ProjectorConfig(z_channels=32, codebook_size=CODES, codebook_dim=8, conv_layers=1, norm_groups=8)
         decoder = tiny_decoder()
-        return Parts(language=tiny_language(tokenizer), tokenizer=tokenizer, vision=VisionTokenizer(vit, projector).eval(),
-                     decoder=lambda: decoder, grid=GRID, decoder_steps=2)  # fmt: skip
+        return Parts(
+            language=tiny_language(tokenizer),
+            tokenizer=tokenizer,
+            vision=VisionTokenizer(vit, projector).eval(),
+            decoder=lambda: decoder,
+            grid=GRID,
+            decoder_steps=2,
+        )
