@@ -101,8 +101,8 @@ def test_truncation_passes_gradients_inside_only() -> None:
     law[0, x.argmax()].backward()
     inside = support(x.detach().log_softmax(-1), Sampling(top_k=4))
     assert x.grad is not None
-    assert bool((x.grad[inside] != 0).all())
-    assert bool((x.grad[~inside] == 0).all())
+    assert bool((x.grad[inside].abs() > 1e-4).all())
+    assert bool((x.grad[~inside].abs() < 1e-7).all())
 
 
 def test_half_precision_logits_make_an_exact_law() -> None:
@@ -183,10 +183,7 @@ def test_uniforms_come_from_their_own_seeds() -> None:
 def test_derived_seeds_are_splitmix64_and_stable() -> None:
     """splitmix64 from state 0 begins with 0xE220A8397B1DCDAF (reference implementation); we drop its last bit."""
     assert derive_seed(0) == 0xE220A8397B1DCDAF >> 1
-    assert (derive_seed(1, 2, 3), derive_seed(3, 2, 1), derive_seed()) == (*KNOWN, 0)
-
-
-KNOWN = (derive_seed(1, 2, 3), derive_seed(3, 2, 1))
+    assert (derive_seed(1, 2, 3), derive_seed(3, 2, 1), derive_seed()) == (7510213797696614745, 7716143592125757362, 0)
 
 
 def test_derived_seeds_do_not_collide() -> None:

@@ -19,7 +19,8 @@ from gvu.sampling import derive_seed
 
 FUNCTION_WORDS = frozenset(
     ["a", "an", "and", "at", "in", "is", "of", "on", "photo", "picture", "s", "es", "the", "this", "to", "with", ","]
-)
+) | {""}
+"""Tokens that carry no content, stripped and in lower case; the empty one is a blank that stands alone."""
 EDITS = 3
 
 

@@ -30,7 +30,7 @@ from gvu.observe import TrainSummary, draw_samples, measure
 from gvu.plan import plan
 from gvu.progress import Progress
 from gvu.prompts import Prompt, load_prompts
-from gvu.reward import Scorer, Scores
+from gvu.reward import Scorer, Scores, edited_texts
 from gvu.run import Run, output_path, refuse_existing
 from gvu.runtime import Clock, Interrupt, keep_memory, peak_memory_gb
 from gvu.sampling import derive_seed
@@ -112,11 +112,16 @@ class Trainer:
 
     @torch.no_grad()
     def check_prompts(self) -> None:
-        """GvuError where a prompt does not fit the context, to be drawn or (the longest, in one pass) to be read."""
+        """GvuError where a prompt does not fit the context, to be drawn or (the longest, in one pass) to be read.
+
+        Also where the reward is contrastive and a prompt has nothing to edit it by.
+        """
         prompts = self.model.encode_prompts([p.text for p in self.prompts])
         longest = prompts.texts[int(prompts.mask_P_L.sum(1).argmax())]
         blank = self.model.read_pixels(torch.zeros(1, 3, 8 * prompts.grid[0], 8 * prompts.grid[1]))
         self.model.text_logp(blank, [longest], self.config.reward.instruction)
+        for p in self.prompts if self.config.reward.kind == "contrastive" else ():
+            edited_texts(p.text, p.metadata)
 
     @torch.no_grad()
     def experience(self, index: int, batch: Sequence[Prompt], clock: Clock) -> tuple[Rollout, Scores]:

@@ -8,17 +8,18 @@ The method (rollout, score, update) only ever talks to `UnifiedModel`; it never 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gvu.errors import GvuError
+from gvu.errors import GvuError, brief
 from gvu.sampling import Sampling, derive_seed
 
 Rows = slice | Tensor
@@ -187,13 +188,6 @@ class LoraSpec:
     scope: Literal["all", "attention", "mlp"] = "all"
 
 
-@dataclass(kw_only=True)
-class _AdapterState:
-    """The EMA teacher's weights, by parameter name."""
-
-    ema: dict[str, Tensor] = field(default_factory=dict)
-
-
 class UnifiedModel(ABC):
     """A model that both draws and reads images. Subclasses add the network; LoRA and teachers are the same for all."""
 
@@ -202,7 +196,7 @@ class UnifiedModel(ABC):
     language: nn.Module
 
     def __init__(self) -> None:
-        self._state = _AdapterState()
+        self._ema: dict[str, Tensor] = {}  # the EMA teacher's weights, by parameter name
 
     @classmethod
     @abstractmethod
@@ -302,10 +296,11 @@ class UnifiedModel(ABC):
             )
         try:
             wrapped = PeftModel.from_pretrained(self.language, str(path), is_trainable=trainable)  # type: ignore[arg-type]
+            if set(load_file(Path(path) / "adapter_model.safetensors")) != set(get_peft_model_state_dict(wrapped)):
+                raise ValueError("its tensors belong to other modules")  # PEFT itself only warns
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise GvuError(
-                f"the adapter {str(path)!r} does not load on this model ({first}); "
+                f"the adapter {str(path)!r} does not load on this model ({brief(error)}); "
                 "give an adapter that was trained on it, and copy it whole"
             ) from error
         self.language = wrapped.eval()
@@ -380,12 +375,12 @@ class UnifiedModel(ABC):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        if not self._state.ema:
+        if not self._ema:
             raise GvuError("the EMA teacher has no weights yet; call update_ema() after add_lora()")
         own = self.trainable()
         kept = {n: p.data for n, p in own.items()}
         for n, p in own.items():
-            p.data = self._state.ema[n]
+            p.data = self._ema[n]
         try:
             yield
         finally:
@@ -396,7 +391,7 @@ class UnifiedModel(ABC):
     def update_ema(self, decay: float) -> None:
         """Move the EMA teacher towards the current adapter: ema = decay * ema + (1 - decay) * current."""
         for n, p in self.trainable().items():
-            if n in self._state.ema:
-                self._state.ema[n].lerp_(p.data, 1.0 - decay)
+            if n in self._ema:
+                self._ema[n].lerp_(p.data, 1.0 - decay)
             else:
-                self._state.ema[n] = p.data.clone()
+                self._ema[n] = p.data.clone()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gvu.errors import GvuError
+from gvu.errors import GvuError, brief
 from gvu.models import attention
 from gvu.models.xomni.decoder import FlowDecoder, XOmniFluxTransformer
 from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
@@ -56,7 +56,7 @@ def load(folder: Path, dtype: torch.dtype) -> Parts:
     return Parts(
         language=load_language(folder, config, dtype),
         tokenizer=load_tokenizer(folder, config),
-        vision=load_vision(folder, encoder, dtype),
+        vision=load_vision(folder, encoder, config.image_vocab_size, dtype),
         decoder=lambda: load_decoder(folder, decoder, dtype),
         grid=tuple(decoder["grid"]),
         decoder_steps=int(decoder["steps"]),
@@ -99,16 +99,20 @@ def load_language(folder: Path, config: XOmniConfig, dtype: torch.dtype) -> XOmn
 def load_tokenizer(folder: Path, config: XOmniConfig) -> PreTrainedTokenizerFast:
     """The tokenizer; its image tokens must lie where the configuration puts them."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        _present(folder, name)
+        _json(_present(folder, name))
     tokenizer = _read(
         folder / "tokenizer.json", lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     )
-    first = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
-    if first != config.vocab_size:
-        raise GvuError(
-            f"{folder / 'tokenizer.json'} puts <MM-Token-0> at id {first}, config.json at {config.vocab_size}; "
-            "take both from the same checkpoint"
-        )
+    start, after = config.vocab_size, config.vocab_size + config.image_vocab_size
+    places = {"<MM-Token-0>": range(start, start + 1), f"<MM-Token-{after - start - 1}>": range(after - 1, after)}
+    places |= {mark: range(after, start + config.mm_vocab_size) for mark in ("<SOM>", "<EOM>", "<IMAGE>")}
+    for token, place in places.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found not in place:
+            raise GvuError(
+                f"{folder / 'tokenizer.json'} puts {token} at id {found}, not in "
+                f"{place.start}-{place.stop - 1} as config.json asks; take both from the same checkpoint"
+            )
     if not tokenizer.chat_template:
         raise GvuError(
             f"the tokenizer of {str(folder)!r} has no chat template, so it cannot read; copy chat_template.jinja too"
@@ -116,12 +120,17 @@ def load_tokenizer(folder: Path, config: XOmniConfig) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def load_vision(folder: Path, encoder: dict[str, Any], dtype: torch.dtype) -> VisionTokenizer:
-    """ViT and projector."""
+def load_vision(folder: Path, encoder: dict[str, Any], codes: int, dtype: torch.dtype) -> VisionTokenizer:
+    """ViT and projector, whose codebook must hold as many codes as the language model knows."""
     config = folder / "config.json"
     vision = _read(
         config, lambda: VisionTokenizer(VitConfig(**encoder["vit"]), ProjectorConfig(**encoder["projector"]))
     )
+    entries = vision.projector.config.codebook_size
+    if entries != codes:
+        raise GvuError(
+            f"{config} says image_vocab_size {codes}, but a codebook of {entries}; take both from one source"
+        )
     fill(vision.vit, _present(folder, encoder["siglip_path"]), dtype)
     fill(vision.projector, _present(folder, encoder["projector_path"]), dtype)
     return vision.eval().requires_grad_(False)
@@ -131,7 +140,7 @@ def check_decoder(folder: Path, decoder: dict[str, Any]) -> None:
     """The decoder is loaded when it is first needed; that its files are there, whole and of its shapes is checked at
     once."""
     model, flux = _present(folder, decoder["model_path"]), _present(folder, decoder["flux_path"])
-    _present(folder, f"{decoder['flux_path']}/scheduler/scheduler_config.json")
+    _json(_present(folder, f"{decoder['flux_path']}/scheduler/scheduler_config.json"))
     for home, kind in ((model, XOmniFluxTransformer), (flux / "vae", AutoencoderKL)):
         _present(home, "config.json")
         with torch.device("meta"):
@@ -239,10 +248,13 @@ def _present(folder: Path, name: str) -> Path:
     return path
 
 
+def _json(path: Path) -> Any:
+    return _read(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+
+
 def _read(path: Path, reader: Callable[[], T]) -> T:
     """Run a reader; what the libraries say about a damaged file becomes one sentence."""
     try:
         return reader()
     except (SafetensorError, StrictDataclassError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GvuError(f"{path} cannot be read ({first}); copy it again from the checkpoint's source") from error
+        raise GvuError(f"{path} cannot be read ({brief(error)}); copy it again from the checkpoint's source") from error
