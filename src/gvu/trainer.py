@@ -224,7 +224,11 @@ def train(config: TrainConfig) -> TrainSummary:
     trainer.check_prompts()
     with Run.create(path, c, tensorboard=c.log.tensorboard) as run, Interrupt() as interrupt:
         before = measure(trainer, interrupt) if c.eval.before_after else {}
-        done, last = _loop(trainer, run, interrupt)
+        try:
+            done, last = _loop(trainer, run, interrupt)
+        except FloatingPointError as error:
+            model.save_adapter(run.path / "adapter")
+            raise GvuError(f"{error}; the adapter as it was before that step is in {run.path / 'adapter'}") from None
         model.save_adapter(run.path / "adapter")
         after = measure(trainer, interrupt) if c.eval.before_after else {}
         summary = TrainSummary(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gvu.errors import GvuError
 
-STEPS = {"vae": 1000, "vision": 2200, "decoder": 1100, "detector": 1500, "language": 1800}
+STEPS = {"vae": 1000, "vision": 2200, "decoder": 1100, "detector": 1500, "language": 1550, "weak": 1200}
 """Optimizer steps of each stage as shipped."""
 STAGES = (*STEPS, "pack", "measure")
 
@@ -40,10 +40,11 @@ def _check_fresh(folder: Path, resume: bool) -> None:
 def runners() -> dict[str, Callable[[Path, int], object]]:
     """Stage name -> function of (folder, steps)."""
     from gvu.mini.pretrain import pack, pictures
-    from gvu.mini.pretrain.language import train_mini
+    from gvu.mini.pretrain.language import train_mini, train_weak
     from gvu.runtime import keep_memory
 
     keep_memory()
     return {"vae": pictures.train_vae, "vision": pictures.train_vision, "decoder": pictures.train_decoder,
-            "detector": pack.train_detector, "language": train_mini, "pack": lambda folder, _: pack.pack(folder),
+            "detector": pack.train_detector, "language": train_mini,
+        "weak": train_weak, "pack": lambda folder, _: pack.pack(folder),
             "measure": lambda _folder, _steps: pack.measure()}  # fmt: skip

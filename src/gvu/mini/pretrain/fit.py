@@ -141,11 +141,13 @@ def fit(
     every: int = 25,
     after_step: Callable[[int], None] | None = None,
     milestones: dict[int, str] | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> None:
     """Train `module` to `config.steps`, from the checkpoint in `folder` if there is one, printing a line every
     `every` steps.
 
-    `milestones` maps a step to a name under which the module is kept beside the checkpoint.
+    `milestones` maps a step to a name under which the module is kept beside the checkpoint; `rate` replaces the
+    configuration's learning rate.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = Optimizers(module, config)
@@ -153,7 +155,8 @@ def fit(
     log, saved, began = _Log(folder, every, start), time.monotonic(), time.monotonic()
     module.train()
     for step in range(start, config.steps):
-        metrics = _update(module, params, optimizer, loss, config, step)
+        lr = rate(step) if rate else learning_rate(config, step)
+        metrics = _update(params, optimizer, loss, config, step, lr)
         if after_step:
             after_step(step)
         log(step, config.steps, metrics, began)
@@ -167,7 +170,7 @@ def fit(
 
 
 def _update(
-    module: nn.Module, params: list[nn.Parameter], optimizer: Optimizers, loss: Loss, config: FitConfig, step: int
+    params: list[nn.Parameter], optimizer: Optimizers, loss: Loss, config: FitConfig, step: int, lr: float
 ) -> dict[str, float]:
     for p in params:
         p.grad = None
@@ -176,7 +179,7 @@ def _update(
     value.backward()
     norm = float(nn.utils.clip_grad_norm_(params, config.clip))
     if math.isfinite(norm):
-        optimizer.step(learning_rate(config, step))
+        optimizer.step(lr)
     return {"loss": float(value.detach()), "norm": norm, **metrics}
 
 

@@ -60,11 +60,11 @@ def train_detector(folder: Path, steps: int) -> Detector:
     return detect.train_detector(folder, steps, reconstruct=reconstructor(folder))
 
 
-def parts(folder: Path, language: str) -> checkpoint.Parts:
-    """Everything of one checkpoint; `language` is the milestone's name."""
+def parts(folder: Path, language: Path) -> checkpoint.Parts:
+    """Everything of one checkpoint; `language` is its language model's safetensors file."""
     tokenizer = tokenizer_at(folder)
     model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME)
-    model.load_state_dict(load_file(folder / "language" / f"{language}.safetensors"))
+    model.load_state_dict(load_file(language))
     return checkpoint.Parts(
         language=model.eval(),
         tokenizer=tokenizer,
@@ -78,8 +78,8 @@ def parts(folder: Path, language: str) -> checkpoint.Parts:
 def pack(folder: Path, home: Path | None = None) -> None:
     """Stage `pack`: write `mini`, `mini-weak`, their shared vision part and the detector into the package's assets."""
     home = home or assets()
-    for name, milestone in (("mini", "mini"), ("mini-weak", "weak")):
-        checkpoint.save(home / name, parts(folder, milestone), shared=SHARED)
+    for name, stage in (("mini", "language"), ("mini-weak", "weak")):
+        checkpoint.save(home / name, parts(folder, folder / stage / f"{name}.safetensors"), shared=SHARED)
     Detector.load(folder / "detector" / "final").save(home / "mini-detector")
 
 

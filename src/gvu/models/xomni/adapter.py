@@ -221,6 +221,10 @@ class XOmni(UnifiedModel):
     # --- token ids -------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
+        """Ids of a user's text; what looks like a special token in it is taken as plain text."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _chat_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _frame(self, grid: tuple[int, int]) -> list[int]:
@@ -230,7 +234,7 @@ class XOmni(UnifiedModel):
         """Ids before and after the image codes of the chat turn that asks `instruction`."""
         content = f"<SOM>{grid[0]} {grid[1]}<IMAGE><EOM>\n{instruction}"
         chat = [{"role": "user", "content": content}]
-        ids = self._ids(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        ids = self._chat_ids(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         cut = ids.index(self.special["<IMAGE>"]) + 1
         return ids[:cut], ids[cut:]
 

@@ -137,21 +137,22 @@ def load_vision(folder: Path, encoder: dict[str, Any], codes: int, dtype: torch.
 
 
 def check_decoder(folder: Path, decoder: dict[str, Any]) -> None:
-    """The decoder is loaded when it is first needed; that its files are there, whole and of its shapes is checked at
-    once."""
+    """Check that the decoder's files, which are loaded when first needed, are there, whole and of its shapes."""
     model, flux = _present(folder, decoder["model_path"]), _present(folder, decoder["flux_path"])
     _json(_present(folder, f"{decoder['flux_path']}/scheduler/scheduler_config.json"))
-    for home, kind in ((model, XOmniFluxTransformer), (flux / "vae", AutoencoderKL)):
-        _present(home, "config.json")
-        with torch.device("meta"):
-            module = _read(
-                home / "config.json", lambda h=home, k=kind: k.from_config(k.load_config(str(h), local_files_only=True))
-            )
-        have = dict[str, torch.Size]()
-        for path in sorted(home.glob("*.safetensors")):
-            have |= _read(path, lambda p=path: _shapes(p))
-        wanted = {k: v.shape for k, v in module.state_dict().items()}
-        _fit({k: have[k] for k in wanted if k in have}, wanted, home)
+    parts: tuple[tuple[Path, Any], ...] = ((model, XOmniFluxTransformer), (flux / "vae", AutoencoderKL))
+    for home, kind in parts:
+        _check_part(home, kind, _json(_present(home, "config.json")))
+
+
+def _check_part(home: Path, kind: Any, config: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        module: nn.Module = _read(home / "config.json", lambda: kind.from_config(config))
+    have = dict[str, torch.Size]()
+    for path in sorted(home.glob("*.safetensors")):
+        have |= _read(path, lambda p=path: _shapes(p))
+    wanted = {k: v.shape for k, v in module.state_dict().items()}
+    _fit({k: have[k] for k in wanted if k in have}, wanted, home)
 
 
 def _shapes(path: Path) -> dict[str, torch.Size]:
