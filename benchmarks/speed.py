@@ -218,6 +218,8 @@ def same_codes(bench: Bench) -> float:
 def rollout(bench: Bench) -> Results:
     """Our loop against `generate()`, with the adapter's matrices beside the weights, and folded into them.
 
+    Our steps always run on folded weights: under "adapter on" the engine folds them itself, the prefill does not.
+
     Same work means codes, log-probs and entropies: the row "+ log-probs". The other rows of `generate()` return codes
     alone; the last one borrows our `model.merged()`.
     """

@@ -1,6 +1,6 @@
 """What a run shows of itself: its summary, its sample pictures, its benchmarks."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class TrainSummary:
     def _pair(self, name: str) -> dict[str, Any]:
         before, after = self.before.get(name), self.after.get(name)
         shown: dict[str, Any] = {k: r.as_dict(rows=False) for k, r in (("before", before), ("after", after)) if r}
-        return {**shown, "difference": after.compare(before).as_dict()} if before and after else shown
+        return {**shown, "difference": asdict(after.compare(before))} if before and after else shown
 
 
 @torch.no_grad()

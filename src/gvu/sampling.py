@@ -100,8 +100,8 @@ def draw(logp_S_V: Tensor, uniform_S: Tensor) -> Tensor:
     """One code per row by inverse CDF; the same uniform gives the same code whatever else is in the batch."""
     cdf = logp_S_V.exp().cumsum(-1)
     code = torch.searchsorted(cdf, (uniform_S[:, None] * cdf[:, -1:]).contiguous(), right=True).squeeze(-1)
-    last = logp_S_V.shape[-1] - 1 - (logp_S_V > float("-inf")).flip(-1).int().argmax(-1)
-    return torch.minimum(code, last)
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous()).squeeze(-1)  # the code that completes the mass
+    return torch.minimum(code, last).clamp_max(logp_S_V.shape[-1] - 1)  # whatever the log-probs: never out of range
 
 
 def uniforms(seeds: tuple[int, ...] | list[int], actions: int, device: torch.device) -> Tensor:
@@ -124,7 +124,7 @@ def derive_seed(*parts: int) -> int:
 
 def entropy(logp_V: Tensor) -> Tensor:
     """Entropy (...) in nats of log-probs (..., V); codes outside the support count as 0."""
-    return -(logp_V.exp() * logp_V.masked_fill(logp_V == float("-inf"), 0.0)).sum(-1)
+    return -(logp_V.exp() * logp_V.clamp_min(torch.finfo(logp_V.dtype).min)).sum(-1)
 
 
 def _one_hot(index: Tensor, like_V: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gvu.mini.pretrain import STEPS, detect, pictures, shapes
-from gvu.mini.pretrain.language import PHASES, train_language
+from gvu.mini.pretrain.language import BRANCH_AT, MINI, WEAK, train_language
 from gvu.mini.vocabulary import COLORS, OBJECTS
 from gvu.models.base import UnifiedModel
 from gvu.plan import count
@@ -25,7 +25,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 """Stage -> the function whose `seed` argument the stage runs with."""
 WHAT = {
     "mini": "The normal base: it reads well and draws worse. GvU starts here.",
-    "mini-weak": "The same trajectory as `mini`, stopped early: it reads well and draws badly.",
+    "mini-weak": "Branched off `mini` early and trained to read, with few drawing examples: it draws badly.",
 }
 
 
@@ -47,7 +47,7 @@ def config_of(model: UnifiedModel, steps: Mapping[str, int] | None = None) -> di
     }
     return {
         "steps": {**STEPS, **(steps or {})},
-        "phases": [asdict(phase) for phase in PHASES],
+        "phases": {"mini": [asdict(p) for p in MINI], "mini-weak": [asdict(p) for p in WEAK]},
         "seeds": seeds,
         "parameters": {name: count(part) for name, part in parts.items()},
     }
@@ -115,27 +115,24 @@ put. Every batch is drawn anew from (seed, step).
 
 
 def _training(name: str, config: Figures) -> str:
-    steps, seeds, phases = dict(config["steps"]), config["seeds"], config["phases"]
-    weak_at, whole = phases[-2]["until"], steps["language"]
+    steps, seeds = dict(config["steps"]), config["seeds"]
     if name == "mini-weak":
-        steps["language"] = weak_at
+        steps["language"] = steps["weak"]
     rows = [[stage, f"{steps[stage]:,}", seeds[stage]] for stage in TRAINERS]
-    table = [_phase(phase, whole, last=phase is phases[-1]) for phase in phases]
     return f"""## Training
 
 {_table(["stage", "steps", "seed"], rows)}
-`mini` and `mini-weak` are two points of one trajectory of {whole:,} steps; `mini-weak` is taken at step {weak_at:,}. \
-Examples a step, and odds of the captions:
+`mini` and `mini-weak` share their first {BRANCH_AT} steps. Examples a step, and odds of the captions:
 
-{_table(["up to step", "drawing", "reading", "odds"], table)}
-The generator is weak because it saw less, not because anything was frozen or mislabelled.
+{_table(["up to step", "drawing", "reading", "odds"], [_phase(p) for p in config["phases"][name]])}
+`mini-weak` draws badly because it saw fewer drawing examples, not because anything was frozen or mislabelled.
 Recipe: `gvu mini pretrain all --out DIR`.
 """
 
 
-def _phase(phase: Figures, whole: int, *, last: bool) -> list[object]:
+def _phase(phase: Figures) -> list[object]:
     odds = ", ".join(f"{tag} {weight:g}" for tag, weight in phase["weights"].items())
-    return [f"{whole if last else phase['until']:,}", phase["draw"], phase["read"], odds]
+    return [f"{phase['until']:,}", phase["draw"], phase["read"], odds]
 
 
 def _interval(part: Figures) -> str:

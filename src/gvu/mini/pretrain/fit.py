@@ -129,7 +129,8 @@ def load_stage(folder: Path, module: nn.Module, optimizer: Optimizers) -> int:
     if not (folder / "state.json").is_file():
         return 0
     module.load_state_dict(load_file(folder / "model.safetensors"))
-    optimizer.load(load_file(folder / "optim.safetensors"))
+    if (folder / "optim.safetensors").is_file():  # a branch starts with weights alone
+        optimizer.load(load_file(folder / "optim.safetensors"))
     return int(json.loads((folder / "state.json").read_text())["step"])
 
 

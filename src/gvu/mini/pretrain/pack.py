@@ -3,22 +3,26 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gvu.evaluation import Benchmark, evaluate
 from gvu.mini.detector import Detector
 from gvu.mini.pretrain import detect, shapes
+from gvu.mini.pretrain.card import card, config_of
 from gvu.mini.pretrain.language import config_for, tokenizer_at
 from gvu.mini.pretrain.pictures import load_vae, load_vision, make_decoder, scale_latents
 from gvu.models import attention
-from gvu.models.registry import assets
+from gvu.models.registry import EMBEDDED, assets, load
 from gvu.models.xomni import checkpoint
+from gvu.models.xomni.adapter import XOmni
 from gvu.models.xomni.decoder import FlowDecoder
 from gvu.models.xomni.language import XOmniForCausalLM
 from gvu.models.xomni.vision import VisionTokenizer
+from gvu.probes import understanding
 from gvu.sampling import derive_seed
 
 DECODER_STEPS = 6
@@ -84,20 +88,19 @@ def pack(folder: Path, home: Path | None = None) -> None:
 
 
 def measure() -> dict[str, Any]:
-    """Stage `measure`: figures of the shipped files, printed as JSON."""
-
-    from gvu.evaluation import evaluate
-    from gvu.models.registry import load
-    from gvu.probes import understanding
-
-    figures: dict[str, Any] = {}
-    for name in ("mini", "mini-weak"):
-        model = load(name)
-        figures[name] = {
-            b: evaluate(model, b, images_per_prompt=2).as_dict(rows=False) for b in ("geneval-mini", "geneval++-mini")
-        }
-        figures[name]["understanding"] = understanding(model).as_dict()
-        shared = roundtrip(model.vision, model.decoder)
-    figures["detector"] = detect.measure(Detector.default(), shared)
-    print(json.dumps(figures, indent=1, default=str))
+    """Stage `measure`: figures of the shipped files, printed as JSON and written into the model cards."""
+    models = {name: cast(XOmni, load(name)) for name in EMBEDDED}
+    with torch.autocast("cpu", torch.bfloat16):
+        figures: dict[str, Any] = {name: _quality(model) for name, model in models.items()}
+        shared = models["mini"]
+        figures["detector"] = detect.measure(Detector.default(), roundtrip(shared.vision, shared.decoder))
+    for name, model in models.items():
+        (assets() / name / "README.md").write_text(card(name, figures, config_of(model)))
+    print(json.dumps(figures, indent=1))
     return figures
+
+
+def _quality(model: XOmni) -> dict[str, Any]:
+    boards: tuple[Benchmark, ...] = ("geneval-mini", "geneval++-mini")
+    reports = {board: evaluate(model, board, images_per_prompt=2).as_dict(rows=False) for board in boards}
+    return {**reports, "understanding": understanding(model).as_dict()}

@@ -21,6 +21,7 @@ from gvu.errors import GvuError
 from gvu.models.base import Capabilities, Prompts, Reading, Rollout, TextScore, UnifiedModel
 from gvu.models.xomni import checkpoint
 from gvu.models.xomni.decoder import FlowDecoder
+from gvu.models.xomni.engine import Engine
 from gvu.models.xomni.language import XOmniForCausalLM, rollout_cache
 from gvu.sampling import Sampling, draw, entropy, guide, log_law, uniforms
 
@@ -104,21 +105,18 @@ class XOmni(UnifiedModel):
             raise GvuError(f"{len(seeds)} seeds for {len(prompts.texts)} prompts x {n} samples; give one per sample")
         guided, actions = sampling.cfg != 1, prompts.grid[0] * prompts.grid[1]
         ids, mask = self._branches(prompts, guided)
-        cache = rollout_cache(self.config, ids.shape[1] + actions)
+        cache = rollout_cache(self.config, ids.shape[1])
         last = self.language.hidden(ids, mask, past_key_values=cache).hidden[:, -1]
-        cache.batch_repeat_interleave(n)
-        last, mask = last.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        padded = None if bool(mask.all()) else F.pad(mask, (0, actions), value=1)
-        position, uniform = mask.sum(1, keepdim=True), uniforms(tuple(seeds), actions, self.device)
+        engine = Engine(self.language, cache, mask, n, actions)
+        logits = self.language.image_logits(last).repeat_interleave(n, 0)
+        uniform = uniforms(tuple(seeds), actions, self.device)
         codes, logps, entropies = [], [], []
         for a in range(actions):
-            law = log_law(self._guided(self.language.image_logits(last), sampling), sampling)
+            law = log_law(self._guided(logits, sampling), sampling)
             code = draw(law, uniform[:, a]) if sampling.temperature else law.argmax(-1)
             codes.append(code), logps.append(law.gather(1, code[:, None])[:, 0]), entropies.append(entropy(law))
             if a + 1 < actions:
-                step = (code + self.config.vocab_size)[:, None].repeat(2 if guided else 1, 1)
-                seen = None if padded is None else padded[:, : ids.shape[1] + a + 1]
-                last = self.language.hidden(step, seen, position + a, cache, image_only=True).hidden[:, -1]
+                logits = engine.step(code.repeat(2) if guided else code)
         return Rollout(
             prompts=prompts.expand(n),
             codes_S_A=torch.stack(codes, 1),
