@@ -118,7 +118,7 @@ class AdvantageConfig(Component):
         skip_dead: leave dead groups out of the update.
     """
 
-    scale: Literal["group", "none", "batch"] = "group"
+    scale: Literal["group", "none", "batch"] = "none"
     eps: float = bounded(1e-4, "at least 0")
     dead_below: float = bounded(1e-6, "at least 0")
     skip_dead: bool = False
@@ -134,7 +134,7 @@ class LossConfig(Component):
         clip_high: the ratio counts up to 1 + clip_high.
     """
 
-    beta: float = bounded(0.03, "at least 0")
+    beta: float = bounded(0.01, "at least 0")
     clip_low: float = bounded(0.2, "from 0 to 1")
     clip_high: float = bounded(0.2, "at least 0")
 
@@ -155,12 +155,12 @@ class OptimConfig(Component):
         micro_batch: images of one backward pass; does not change the result.
     """
 
-    lr: float = bounded(7e-4, "at least 0")
+    lr: float = bounded(1e-3, "at least 0")
     beta1: float = bounded(0.9, "at least 0 and below 1")
     beta2: float = bounded(0.999, "at least 0 and below 1")
     weight_decay: float = bounded(0.0, "at least 0")
     warmup_steps: int = bounded(5, "at least 0")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
     max_grad_norm: float = bounded(1.0, "above 0")
     updates_per_rollout: int = bounded(1, "at least 1")
     micro_batch: int = bounded(64, "at least 1")
@@ -179,7 +179,7 @@ class EvalConfig(Component):
     """
 
     benchmarks: tuple[Benchmark, ...] = ("geneval-mini",)
-    images_per_prompt: int = bounded(1, "at least 1")
+    images_per_prompt: int = bounded(2, "at least 1")
     seed: int = bounded(1234, "at least 0")
     every: int = bounded(0, "at least 0")
     before_after: bool = True
@@ -196,7 +196,7 @@ class LogConfig(Component):
         tensorboard: write TensorBoard events as well as metrics.jsonl.
     """
 
-    sample_every: int = bounded(20, "at least 0")
+    sample_every: int = bounded(40, "at least 0")
     sample_prompts: int = bounded(8, "at least 0")
     save_every: int = bounded(50, "at least 0")
     tensorboard: bool = True
@@ -213,7 +213,7 @@ class TrainConfig(Component):
         output: the run's folder; {model} and {time} are filled in.
     """
 
-    steps: int = bounded(120, "at least 1")
+    steps: int = bounded(300, "at least 1")
     seed: int = bounded(0, "at least 0")
     precision: Literal["bf16", "fp32"] = "bf16"
     output: str = "runs/{model}-{time}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gvu.errors import GvuError
 
-STEPS = {"vae": 1000, "vision": 2200, "decoder": 1100, "detector": 1500, "language": 1350, "weak": 900}
+STEPS = {"vae": 1000, "vision": 2200, "decoder": 1100, "detector": 1500, "language": 1550, "weak": 900}
 """Optimizer steps of each stage as shipped."""
 STAGES = (*STEPS, "pack", "measure")
 

@@ -57,12 +57,13 @@ READ = {**EARLY, "counting": 3, "colors": 1, "position": 16, "color_attr": 4, "c
 BRANCH_AT = 400
 MINI = (
     Phase(until=808, horizon=1800, draw=24, read=80, weights=EARLY),
-    Phase(until=1139, horizon=1200, draw=6, read=96, weights=READ),
-    Phase(until=1350, horizon=1350, draw=2, read=96, weights=READ),
+    Phase(until=1050, horizon=1800, draw=24, read=80, weights=LATE),
+    Phase(until=1148, horizon=1800, draw=64, read=40, weights=LATE),
+    Phase(until=1550, horizon=1550, draw=16, read=96, weights=READ),
 )
 WEAK = (replace(MINI[0], until=BRANCH_AT), Phase(until=900, horizon=900, draw=2, read=96, weights=READ))
 """As shipped. The checkpoints share their first 400 steps; `mini-weak` then sees 1,000 more drawing examples, `mini`
-12,200. The odds were changed on the way, when reading was found to lag in relations and in counts: of an object's three
+28,300. The odds were changed on the way, when reading was found to lag in relations and in counts: of an object's three
 counts some are held out, and from plain counting captions alone the model learns which ones remain instead of counting.
 """
 
