@@ -41,7 +41,7 @@ def test_advantage_over_the_batchs_deviation() -> None:
 
 def test_pairs_lose_the_size_of_the_gap() -> None:
     rewards = torch.tensor([0.1, 0.9, 0.52, 0.5, 0.3, 0.31])
-    pairs = advantage(rewards, 2, AdvantageConfig(eps=0.0)).value_S
+    pairs = advantage(rewards, 2, AdvantageConfig(scale="group", eps=0.0)).value_S
     close(pairs.abs(), torch.full((6,), math.sqrt(0.5)), 1e-3)
     assert pairs.sign().tolist() == [-1, 1, 1, -1, -1, 1]
     plain = advantage(rewards, 2, AdvantageConfig(scale="none")).value_S

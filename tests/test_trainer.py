@@ -54,7 +54,8 @@ def same(a: Weights, b: Weights, atol: float = 0.0) -> bool:
 
 def test_a_step_is_the_equations() -> None:
     """One step, written out: draw, score, centre, loss, AdamW; the trainer must arrive at the same parameters."""
-    t, mirror = trainer("loss.beta=0"), trainer("loss.beta=0")
+    settings = ("loss.beta=0", "advantage.scale=group")
+    t, mirror = trainer(*settings), trainer(*settings)
     metrics = t.step(0)
     rollout, scores = mirror.experience(0, mirror.batch(0), Clock())
     groups = scores.reward_S.view(2, 4)
@@ -76,7 +77,8 @@ def test_a_step_is_the_equations() -> None:
 
 
 def test_the_reward_rises() -> None:
-    t = trainer("rollout.prompts_per_step=4", "rollout.num_generations=8")
+    paper = ("advantage.scale=group", "loss.beta=0.03", "optim.schedule=constant")
+    t = trainer("rollout.prompts_per_step=4", "rollout.num_generations=8", *paper)
     metrics = [t.step(k) for k in range(15)]
     rewards = [m["reward"] for m in metrics]
     within = metrics[0]["group_std"]
