@@ -98,7 +98,7 @@ class RewardConfig(Component):
     """
 
     kind: Literal["geometric_mean", "mean_logp", "content", "contrastive", "pmi"] = "geometric_mean"
-    via: Literal["tokens", "pixels"] = "tokens"
+    via: Literal["tokens", "pixels"] = "pixels"
     instruction: str = "Describe the image in detail."
     teacher: Literal["frozen", "current", "ema"] = "frozen"
     ema_decay: float = bounded(0.99, "from 0 to 1")
@@ -213,7 +213,7 @@ class TrainConfig(Component):
         output: the run's folder; {model} and {time} are filled in.
     """
 
-    steps: int = bounded(300, "at least 1")
+    steps: int = bounded(220, "at least 1")
     seed: int = bounded(0, "at least 0")
     precision: Literal["bf16", "fp32"] = "bf16"
     output: str = "runs/{model}-{time}"
