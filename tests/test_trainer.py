@@ -77,7 +77,7 @@ def test_a_step_is_the_equations() -> None:
 
 
 def test_the_reward_rises() -> None:
-    paper = ("advantage.scale=group", "loss.beta=0.03", "optim.schedule=constant")
+    paper = ("advantage.scale=group", "loss.beta=0.03", "optim.schedule=constant", "reward.via=tokens")
     t = trainer("rollout.prompts_per_step=4", "rollout.num_generations=8", *paper)
     metrics = [t.step(k) for k in range(15)]
     rewards = [m["reward"] for m in metrics]
@@ -224,7 +224,7 @@ def test_a_step_without_a_signal_moves_nothing() -> None:
 def test_the_configured_teacher_reads() -> None:
     rewards = dict[str, Tensor]()
     for teacher in ("frozen", "current", "ema"):
-        t = trainer(f"reward.teacher={teacher}")
+        t = trainer(f"reward.teacher={teacher}", "reward.via=tokens")
         stir(t.model)
         t.model.update_ema(0.5)
         rollout, scores = t.experience(0, t.batch(0), Clock())
