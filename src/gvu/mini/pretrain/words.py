@@ -14,13 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gvu.mini.pretrain import shapes
 from gvu.mini.splits import sample_train
+from gvu.models.xomni.tiny import CHAT, TEMPLATE
 
 INSTRUCTION = "Describe the image in detail."
-CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def _corpus(count: int) -> Iterator[str]:
