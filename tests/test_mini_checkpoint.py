@@ -10,6 +10,7 @@ from gvu.evaluation import evaluate
 from gvu.mini.detector import Detector
 from gvu.models.registry import EMBEDDED, assets, load
 from gvu.probes import understanding
+from gvu.runtime import autocast
 
 
 def test_all_assets_are_safetensors_and_small() -> None:
@@ -31,12 +32,12 @@ def test_it_has_the_released_layout(name: str) -> None:
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_it_reads_well(name: str) -> None:
     """Forced choice among six captions on real renders: chance is 0.17, the cards say 0.9 or more (on 240 prompts)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("auto", torch.device("cpu")):
         assert understanding(load(name), n=72).mean.overall.value > 0.8
 
 
 def test_it_draws_what_it_is_asked_better_than_the_weak_one() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("auto", torch.device("cpu")):
         strong, weak = (evaluate(load(name), "geneval-mini").overall.value for name in EMBEDDED)
     assert 0.40 < strong < 0.80
     assert 0.10 < weak < 0.45

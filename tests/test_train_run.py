@@ -49,8 +49,9 @@ def run(folder: Path, output: Path, *more: str) -> TrainSummary:
     return train(load_config(TrainConfig, overrides=settings(folder, output, *more)))
 
 
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def lines(output: Path, having: str = "reward") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if having in row]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,14 @@ def test_every_step_logs_every_metric(done: TrainSummary) -> None:
     assert set(events.Tags()["scalars"]) >= METRICS
     assert [e.value for e in events.Scalars("reward")] == pytest.approx([row["reward"] for row in rows], rel=1e-5)
     assert [e.step for e in events.Images("samples")] == [0, 2, 4]
+
+
+def test_the_sample_prompts_rewards_are_logged(done: TrainSummary) -> None:
+    """Same prompts, same seeds: what moves between the lines is the model alone."""
+    rows = lines(done.output, having="samples/reward")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert all(0 < row["samples/reward"] < 1 for row in rows)
+    assert len({row["samples/reward"] for row in rows}) == 3
 
 
 def test_the_adapter_loads_with_stock_peft(folder: Path, done: TrainSummary) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvu.models.base import LoraSpec
+from gvu.runtime import Precision
 from gvu.sampling import Sampling
 from gvu.settings import BadValue, Component, bounded, check, docs, leaves, load_config, to_dict, to_yaml
 
@@ -190,14 +191,14 @@ class LogConfig(Component):
     """What a run leaves behind.
 
     Attributes:
-        sample_every: draw the sample prompts, with fixed seeds, every so many steps; 0 is never.
+        sample_every: draw and score the sample prompts, with fixed seeds, every so many steps; 0 is never.
         sample_prompts: how many prompts are drawn then.
         save_every: save a checkpoint every so many steps; 0 is only at the end.
         tensorboard: write TensorBoard events as well as metrics.jsonl.
     """
 
-    sample_every: int = bounded(40, "at least 0")
-    sample_prompts: int = bounded(8, "at least 0")
+    sample_every: int = bounded(20, "at least 0")
+    sample_prompts: int = bounded(32, "at least 0")
     save_every: int = bounded(50, "at least 0")
     tensorboard: bool = True
 
@@ -209,13 +210,13 @@ class TrainConfig(Component):
     Attributes:
         steps: rollouts, each with its updates.
         seed: every random number of the run is derived from it.
-        precision: of matrix products: bf16 autocast, or fp32.
+        precision: of matrix products: bf16 autocast, fp32, or auto: bf16 where the hardware multiplies in it.
         output: the run's folder; {model} and {time} are filled in.
     """
 
     steps: int = bounded(220, "at least 1")
     seed: int = bounded(0, "at least 0")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
     output: str = "runs/{model}-{time}"
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -58,7 +58,10 @@ class TrainSummary:
 
 @torch.no_grad()
 def draw_samples(trainer: "Trainer", run: Run, step: int) -> None:
-    """The first prompts with fixed seeds, so that pictures of different steps can be compared."""
+    """The first prompts with fixed seeds, so that pictures and rewards of different steps can be compared.
+
+    Logs their mean reward as `samples/reward`: a step's own reward also says how hard its prompts are.
+    """
     c = trainer.config
     if not (c.log.sample_every and c.log.sample_prompts):
         return
@@ -71,7 +74,9 @@ def draw_samples(trainer: "Trainer", run: Run, step: int) -> None:
         with trainer.model.teacher("frozen"):
             scorer = Scorer(trainer.model, replace(c.reward, kind="geometric_mean"))
             scores = scorer(trainer.model.read_pixels(pixels), rollout.prompts.texts)
-    run.samples(step, pixels, [p.text for p in batch], scores.reward_S.tolist())
+    rewards = scores.reward_S.tolist()
+    run.samples(step, pixels, [p.text for p in batch], rewards)
+    run.log(step, {"samples/reward": sum(rewards) / len(rewards)})
 
 
 def measure(trainer: "Trainer", interrupt: Interrupt) -> dict[str, Report]:

@@ -10,6 +10,7 @@ from gvu.config import TrainConfig
 from gvu.models.base import UnifiedModel
 from gvu.models.registry import load
 from gvu.prompts import load_prompts
+from gvu.runtime import in_bf16
 from gvu.sampling import derive_seed
 
 ADAM_BYTES = 4 + 4 + 8
@@ -49,7 +50,7 @@ def memory(model: UnifiedModel, config: TrainConfig, trained: int) -> dict[str, 
     layer)."""
     c: Any = model.language.config
     rows, columns = model.capabilities.grids[0]
-    width = 2 if config.precision == "bf16" else 4
+    width = 2 if in_bf16(config.precision, model.device) else 4
     samples = config.rollout.prompts_per_step * config.rollout.num_generations * (2 if config.rollout.cfg != 1 else 1)
     actions, micro = rows * columns, min(samples, config.optim.micro_batch)
     positions = actions + 32

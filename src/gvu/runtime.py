@@ -1,4 +1,4 @@
-"""Small things around a run: seconds per phase, Ctrl-C, peak memory, the CPU's allocator."""
+"""Small things around a run: precision, seconds per phase, Ctrl-C, peak memory, the CPU's allocator."""
 
 import ctypes
 import resource
@@ -6,11 +6,36 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, GIB = -1, -3, 1 << 30
+
+
+Precision = Literal["auto", "bf16", "fp32"]
+"""Of matrix products; parameters and optimizers stay fp32. `auto` is bf16 where the hardware multiplies in it."""
+BF16_CPU = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
+"""Any of these instruction sets makes bf16 products faster than fp32 ones; the last two are ARM's."""
+
+
+def in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether `precision` means bf16 on this device.
+
+    A CPU without bf16 instructions emulates them: a training step of the mini model then takes 12 times as long as in
+    fp32 (measured on AVX2), where with them it takes a third.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in BF16_CPU)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 matrix products inside, where `precision` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
 
 
 class Clock:

@@ -32,7 +32,7 @@ from gvu.progress import Progress
 from gvu.prompts import Prompt, load_prompts
 from gvu.reward import Scorer, Scores, edited_texts
 from gvu.run import Run, output_path, refuse_existing
-from gvu.runtime import Clock, Interrupt, keep_memory, peak_memory_gb
+from gvu.runtime import Clock, Interrupt, autocast, keep_memory, peak_memory_gb
 from gvu.sampling import derive_seed
 
 __all__ = ["TrainSummary", "Trainer", "plan", "train"]
@@ -192,7 +192,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the configuration asks for them; parameters and optimizer stay fp32."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return autocast(self.config.precision, self.model.device)
 
     def rate(self, index: int) -> float:
         """Learning rate of step `index`: linear warm-up, then the schedule."""

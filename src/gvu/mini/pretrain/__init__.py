@@ -8,12 +8,22 @@ there is one.
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gvu.errors import GvuError
 
-STEPS = {"vae": 1000, "vision": 2200, "decoder": 1100, "detector": 1500, "language": 1550, "weak": 900}
-"""Optimizer steps of each stage as shipped."""
+STEPS = {
+    "vae": 1000,
+    "vision": 2200,
+    "decoder": 1100,
+    "detector": 1500,
+    "branch": 400,
+    "reader": 900,
+    "weak": 200,
+    "mini": 240,
+}
+"""The step that each stage ends at, as shipped; `reader` starts at 400, the others at 0."""
 STAGES = (*STEPS, "pack", "measure")
 
 
@@ -40,11 +50,21 @@ def _check_fresh(folder: Path, resume: bool) -> None:
 def runners() -> dict[str, Callable[[Path, int], object]]:
     """Stage name -> function of (folder, steps)."""
     from gvu.mini.pretrain import pack, pictures
-    from gvu.mini.pretrain.language import train_mini, train_weak
+    from gvu.mini.pretrain.language import LANGUAGE, train_language
     from gvu.runtime import keep_memory
 
     keep_memory()
-    return {"vae": pictures.train_vae, "vision": pictures.train_vision, "decoder": pictures.train_decoder,
-            "detector": pack.train_detector, "language": train_mini,
-        "weak": train_weak, "pack": lambda folder, _: pack.pack(folder),
-            "measure": lambda _folder, _steps: pack.measure()}  # fmt: skip
+    language = {name: partial(_language, train_language, name) for name in LANGUAGE}
+    return {
+        "vae": pictures.train_vae,
+        "vision": pictures.train_vision,
+        "decoder": pictures.train_decoder,
+        "detector": pack.train_detector,
+        **language,
+        "pack": lambda folder, _: pack.pack(folder),
+        "measure": lambda _folder, _steps: pack.measure(),
+    }
+
+
+def _language(train: Callable[[Path, str, int], object], name: str, folder: Path, steps: int) -> object:
+    return train(folder, name, steps)

@@ -5,11 +5,10 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from gvu.mini.pretrain import STEPS, detect, pictures, shapes
-from gvu.mini.pretrain.language import BRANCH_AT, MINI, WEAK, train_language
+from gvu.mini.pretrain.language import LANGUAGE, LAST_STAGE, Stage, trajectory
 from gvu.mini.vocabulary import COLORS, OBJECTS
 from gvu.models.base import UnifiedModel
 from gvu.plan import count
@@ -20,12 +19,11 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "vision": pictures.train_vision,
     "decoder": pictures.train_decoder,
     "detector": detect.train_detector,
-    "language": train_language,
 }
-"""Stage -> the function whose `seed` argument the stage runs with."""
+"""Stage that sees pictures only -> the function whose `seed` argument it runs with."""
 WHAT = {
     "mini": "The normal base: it reads well and draws worse. GvU starts here.",
-    "mini-weak": "Branched off `mini` early and trained to read, with few drawing examples: it draws badly.",
+    "mini-weak": "Trained to read, with few drawing examples: it draws badly.",
 }
 
 
@@ -47,7 +45,6 @@ def config_of(model: UnifiedModel, steps: Mapping[str, int] | None = None) -> di
     }
     return {
         "steps": {**STEPS, **(steps or {})},
-        "phases": {"mini": [asdict(p) for p in MINI], "mini-weak": [asdict(p) for p in WEAK]},
         "seeds": seeds,
         "parameters": {name: count(part) for name, part in parts.items()},
     }
@@ -115,24 +112,24 @@ put. Every batch is drawn anew from (seed, step).
 
 
 def _training(name: str, config: Figures) -> str:
-    steps, seeds = dict(config["steps"]), config["seeds"]
-    if name == "mini-weak":
-        steps["language"] = steps["weak"]
-    rows = [[stage, f"{steps[stage]:,}", seeds[stage]] for stage in TRAINERS]
+    steps: Mapping[str, int] = config["steps"]
+    rows = [[stage, f"{steps[stage]:,}", config["seeds"][stage]] for stage in TRAINERS]
+    head = ["stage", "steps", "seed", "peak rate", "drawing", "reading", "odds"]
+    stages = [_stage(stage, LANGUAGE[stage], steps[stage]) for stage in trajectory(LAST_STAGE[name])]
     return f"""## Training
 
 {_table(["stage", "steps", "seed"], rows)}
-`mini` and `mini-weak` share their first {BRANCH_AT} steps. Examples a step, and odds of the captions:
+The language model, with examples of each direction a step and the odds of the captions:
 
-{_table(["up to step", "drawing", "reading", "odds"], [_phase(p) for p in config["phases"][name]])}
-`mini-weak` draws badly because it saw fewer drawing examples, not because anything was frozen or mislabelled.
+{_table(head, stages)}
+A checkpoint that draws badly saw few drawing examples; nothing was frozen or mislabelled.
 Recipe: `gvu mini pretrain all --out DIR`.
 """
 
 
-def _phase(phase: Figures) -> list[object]:
-    odds = ", ".join(f"{tag} {weight:g}" for tag, weight in phase["weights"].items())
-    return [f"{phase['until']:,}", phase["draw"], phase["read"], odds]
+def _stage(name: str, stage: Stage, until: int) -> list[object]:
+    odds = ", ".join(f"{tag} {weight:g}" for tag, weight in stage.weights.items())
+    return [name, f"{stage.start:,}-{until:,}", stage.seed, f"{stage.lr:g}", stage.draw, stage.read, odds]
 
 
 def _interval(part: Figures) -> str:

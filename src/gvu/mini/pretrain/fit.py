@@ -1,8 +1,8 @@
 """One resumable training loop for every stage of the mini recipe.
 
 A stage gives a module and a loss of (step, generator-free batch); `fit` does AdamW with warm-up and cosine decay,
-gradient clipping, bf16 autocast, and checkpoints (safetensors and JSON) from which the same command goes on after an
-interruption.
+gradient clipping, bf16 autocast where it is fast, and checkpoints (safetensors and JSON) from which the same command
+goes on after an interruption.
 Batches are functions of (seed, step), so a resumed run sees what the uninterrupted one would have seen.
 """
 
@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gvu.runtime import Precision, autocast
+
 B = TypeVar("B")
 INNER = ("layers.", "transformer_blocks.")  # where a module keeps the matrices that Muon trains
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -36,7 +38,7 @@ class FitConfig:
         floor: last learning rate as a share of `lr`.
         clip: gradient norm above which gradients are scaled down.
         save_seconds: seconds between checkpoints.
-        precision: `bf16` autocast or `fp32`.
+        precision: of matrix products, see `gvu.runtime`.
         optimizer: `adamw`, or `muon`: Muon on the matrices of the layers, AdamW on the rest (embeddings, heads, norms).
     """
 
@@ -48,7 +50,7 @@ class FitConfig:
     floor: float = 0.02
     clip: float = 1.0
     save_seconds: float = 60.0
-    precision: str = "bf16"
+    precision: Precision = "auto"
     optimizer: str = "adamw"
 
 
@@ -141,14 +143,12 @@ def fit(
     folder: Path,
     every: int = 25,
     after_step: Callable[[int], None] | None = None,
-    milestones: dict[int, str] | None = None,
     rate: Callable[[int], float] | None = None,
 ) -> None:
     """Train `module` to `config.steps`, from the checkpoint in `folder` if there is one, printing a line every
     `every` steps.
 
-    `milestones` maps a step to a name under which the module is kept beside the checkpoint; `rate` replaces the
-    configuration's learning rate.
+    `rate` replaces the configuration's learning rate.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = Optimizers(module, config)
@@ -161,9 +161,6 @@ def fit(
         if after_step:
             after_step(step)
         log(step, config.steps, metrics, began)
-        if milestones and step + 1 in milestones:
-            keep = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            save_file(keep, folder / f"{milestones[step + 1]}.safetensors")
         if time.monotonic() - saved > config.save_seconds or step + 1 == config.steps:
             save_stage(folder, module, optimizer, step + 1)
             saved = time.monotonic()
@@ -175,7 +172,7 @@ def _update(
 ) -> dict[str, float]:
     for p in params:
         p.grad = None
-    with torch.autocast(params[0].device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with autocast(config.precision, params[0].device):
         value, metrics = loss(step)
     value.backward()
     norm = float(nn.utils.clip_grad_norm_(params, config.clip))

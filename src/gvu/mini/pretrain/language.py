@@ -1,7 +1,9 @@
-"""Stage `language`: X-Omni-Mini's language model learns to draw (caption -> codes) and to read (codes -> caption).
+"""Stages `branch`, `reader`, `weak`, `mini`: the language model learns to draw (caption -> codes) and to read (codes ->
+caption).
 
-One trajectory gives both checkpoints. Its first part shows it few drawing examples and many reading ones (`mini-weak`
-is taken there), the second part mostly drawing ones (`mini`). Nothing is frozen and no label is noisy.
+Each stage goes on from the weights of another, with a fresh optimizer. `branch` shows both directions, `reader` almost
+only reading, and from there `weak` still almost only reading (its result is `mini-weak`), `mini` both again (its result
+is `mini`). Nothing is frozen and no label is noisy.
 """
 
 import json
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from gvu.errors import GvuError
 from gvu.geneval import Clause, Metadata
 from gvu.mini.icons import NATURAL
 from gvu.mini.pretrain import shapes
@@ -33,39 +36,52 @@ DRAW_LENGTH, READ_TEXT = 24, 32
 UNCONDITIONAL = 0.05
 
 
+EARLY = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
+READ = {**EARLY, "counting": 3, "colors": 1, "position": 16, "color_attr": 4, "color_count": 4}
+BOTH = {**READ, "colors": 2, "position": 10}
+"""Odds of the captions' tags; `color_count` are "a photo of three red cups" captions. From plain counting captions
+alone, of which some counts of each object are held out, the model learns which counts remain instead of counting."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Phase:
+class Stage:
     """A stretch of the trajectory.
 
     Attributes:
-        until: the step at which it ends.
+        after: the stage whose weights it starts from; None is random weights.
+        start: its first step; batches depend on (seed, step). How many steps there are is in `pretrain.STEPS`.
         horizon: the step at which its learning rate's cosine ends.
         draw, read: drawing and reading examples a step.
-        weights: odds of the captions' tags; `color_count` are "a photo of three red cups" captions.
+        weights: odds of the captions' tags.
+        seed: of the batches.
+        lr: peak learning rate; the first 100 steps from 0 rise to it.
     """
 
-    until: int
+    after: str | None
+    start: int = 0
     horizon: int
     draw: int
     read: int
     weights: Mapping[str, float]
+    seed: int
+    lr: float = 2e-3
 
 
-EARLY = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
-LATE = {**EARLY, "colors": 1, "position": 6, "color_count": 4}
-READ = {**EARLY, "counting": 3, "colors": 1, "position": 16, "color_attr": 4, "color_count": 4}
-BRANCH_AT = 400
-MINI = (
-    Phase(until=808, horizon=1800, draw=24, read=80, weights=EARLY),
-    Phase(until=1050, horizon=1800, draw=24, read=80, weights=LATE),
-    Phase(until=1148, horizon=1800, draw=64, read=40, weights=LATE),
-    Phase(until=1550, horizon=1550, draw=16, read=96, weights=READ),
-)
-WEAK = (replace(MINI[0], until=BRANCH_AT), Phase(until=900, horizon=900, draw=2, read=96, weights=READ))
-"""As shipped. The checkpoints share their first 400 steps; `mini-weak` then sees 1,000 more drawing examples, `mini`
-28,300. The odds were changed on the way, when reading was found to lag in relations and in counts: of an object's three
-counts some are held out, and from plain counting captions alone the model learns which ones remain instead of counting.
-"""
+LANGUAGE = {
+    "branch": Stage(after=None, horizon=1800, draw=24, read=80, weights=EARLY, seed=14),
+    "reader": Stage(after="branch", start=400, horizon=900, draw=2, read=96, weights=READ, seed=14),
+    "weak": Stage(after="reader", horizon=200, draw=2, read=96, weights=READ, seed=17, lr=1e-3),
+    "mini": Stage(after="reader", horizon=240, draw=24, read=72, weights=BOTH, seed=18, lr=1e-3),
+}
+"""The trajectory as shipped: both checkpoints grow from `reader`."""
+LAST_STAGE = {"mini": "mini", "mini-weak": "weak"}
+"""Checkpoint -> the stage whose result it is."""
+
+
+def trajectory(name: str) -> list[str]:
+    """The stages that lead to a stage, itself included, in order."""
+    after = LANGUAGE[name].after
+    return [*(trajectory(after) if after else []), name]
 
 
 def config_for(tokenizer: PreTrainedTokenizerFast) -> XOmniConfig:
@@ -149,29 +165,20 @@ def batch_of(seed: int, step: int, count: int, weights: Mapping[str, float]) -> 
 class Drawing:
     """Loss of a step: mean nats per code when drawing plus mean nats per caption token when reading."""
 
-    def __init__(
-        self, model: XOmniForCausalLM, vision: VisionTokenizer, layout: Layout, phases: Sequence[Phase], seed: int
-    ) -> None:
-        self.model, self.vision, self.layout, self.phases, self.seed = model, vision.eval(), layout, phases, seed
-        self.batch = Prefetch(self._batch)
-
-    def _batch(self, step: int) -> tuple[list[str], Tensor]:
-        phase = self.phase(step)
-        return batch_of(self.seed, step, max(phase.draw, phase.read), phase.weights)
-
-    def phase(self, step: int) -> Phase:
-        """The phase that `step` belongs to."""
-        return next(p for p in self.phases if step < p.until or p is self.phases[-1])
+    def __init__(self, model: XOmniForCausalLM, vision: VisionTokenizer, layout: Layout, stage: Stage) -> None:
+        self.model, self.vision, self.layout, self.stage = model, vision.eval(), layout, stage
+        count = max(stage.draw, stage.read)
+        self.batch = Prefetch(lambda step: batch_of(stage.seed, step, count, stage.weights))
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of a step and its two parts."""
-        phase, (texts, images) = self.phase(step), self.batch(step)
+        stage, (texts, images) = self.stage, self.batch(step)
         with torch.no_grad():
             codes = self.vision.encode(images.to(device())).cpu()
-        dropped = np.random.default_rng((self.seed, step, 1)).random(len(texts)) < UNCONDITIONAL
+        dropped = np.random.default_rng((stage.seed, step, 1)).random(len(texts)) < UNCONDITIONAL
         captions = [None if d else t for t, d in zip(texts, dropped, strict=True)]
-        draw = self._nats(*self.layout.draw(captions[: phase.draw], codes[: phase.draw]), text_only=False)
-        read = self._nats(*self.layout.read(texts[-phase.read :], codes[-phase.read :]), text_only=True)
+        draw = self._nats(*self.layout.draw(captions[: stage.draw], codes[: stage.draw]), text_only=False)
+        read = self._nats(*self.layout.read(texts[-stage.read :], codes[-stage.read :]), text_only=True)
         return draw + read, {"draw": float(draw.detach()), "read": float(read.detach())}
 
     def _nats(self, ids: Tensor, labels: Tensor, text_only: bool) -> Tensor:
@@ -183,48 +190,35 @@ class Drawing:
         return F.cross_entropy(head(hidden[kept]).float(), target)
 
 
-def train_language(
-    home: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    vision: VisionTokenizer,
-    phases: Sequence[Phase],
-    milestones: dict[int, str],
-    seed: int = 14,
-    lr: float = 2e-3,
-) -> nn.Module:
-    """A trajectory through `phases`, kept in `home`; `milestones` (step -> name) stay beside the checkpoint."""
-    torch.manual_seed(seed)
-    config = config_for(tokenizer)
-    model = XOmniForCausalLM._from_config(config, attn_implementation=attention.NAME).to(device())
-    loss = Drawing(model, vision.to(device()), Layout(tokenizer), phases, seed)
-    plan = FitConfig(steps=phases[-1].until, lr=lr, warmup=100, optimizer="muon")
-
-    def rate(step: int) -> float:
-        return learning_rate(replace(plan, steps=loss.phase(step).horizon), step)
-
-    fit(model, loss, plan, home, milestones=milestones, rate=rate)
-    return model
-
-
 def tokenizer_at(folder: Path) -> PreTrainedTokenizerFast:
     """The stage's tokenizer, made when it is not there yet."""
     home = folder / "tokenizer"
     return PreTrainedTokenizerFast.from_pretrained(home) if home.exists() else save_tokenizer(home)
 
 
-def train_mini(folder: Path, steps: int) -> nn.Module:
-    """Stage `language`: `mini`, and on the way the checkpoint that `mini-weak` grows from."""
-    phases = [*MINI[:-1], replace(MINI[-1], until=steps)]
-    names = {BRANCH_AT: "branch", steps: "mini"}
-    return train_language(folder / "language", tokenizer_at(folder), load_vision(folder), phases, names)
+def train_language(folder: Path, name: str, steps: int, vision: VisionTokenizer | None = None) -> nn.Module:
+    """The stage `name` of the trajectory; `vision` is stage `vision`'s tokenizer, loaded if not given."""
+    stage, home, tokenizer = LANGUAGE[name], folder / name, tokenizer_at(folder)
+    begin(folder, name)
+    torch.manual_seed(stage.seed)
+    model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME).to(device())
+    loss = Drawing(model, (vision or load_vision(folder)).to(device()), Layout(tokenizer), stage)
+    plan = FitConfig(steps=steps, lr=stage.lr, warmup=100, optimizer="muon")
+    scheduled = replace(plan, steps=stage.horizon)
+    fit(model, loss, plan, home, rate=lambda step: learning_rate(scheduled, step))
+    return model
 
 
-def train_weak(folder: Path, steps: int) -> nn.Module:
-    """Stage `weak`: on from the branch point with few drawing examples and a fresh optimizer."""
-    home = folder / "weak"
-    if not home.exists():
-        home.mkdir()
-        copyfile(folder / "language" / "branch.safetensors", home / "model.safetensors")
-        (home / "state.json").write_text(json.dumps({"step": BRANCH_AT}))
-    phases = [*WEAK[:-1], replace(WEAK[-1], until=steps)]
-    return train_language(home, tokenizer_at(folder), load_vision(folder), phases, {steps: "mini-weak"})
+def begin(folder: Path, name: str) -> None:
+    """Lay the earlier stage's weights into a stage's folder, without its optimizer, where nothing is yet."""
+    stage, home = LANGUAGE[name], folder / name
+    if stage.after is None or (home / "state.json").is_file():
+        return
+    before = folder / stage.after / "model.safetensors"
+    if not before.is_file():
+        raise GvuError(
+            f"stage {name!r} goes on from stage {stage.after!r}, and {str(before)!r} is missing; run it first"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    copyfile(before, home / "model.safetensors")
+    (home / "state.json").write_text(json.dumps({"step": stage.start}))

@@ -13,7 +13,7 @@ from gvu.evaluation import Benchmark, evaluate
 from gvu.mini.detector import Detector
 from gvu.mini.pretrain import detect, shapes
 from gvu.mini.pretrain.card import card, config_of
-from gvu.mini.pretrain.language import config_for, tokenizer_at
+from gvu.mini.pretrain.language import LAST_STAGE, config_for, tokenizer_at
 from gvu.mini.pretrain.pictures import load_vae, load_vision, make_decoder, scale_latents
 from gvu.models import attention
 from gvu.models.registry import EMBEDDED, assets, load
@@ -23,6 +23,7 @@ from gvu.models.xomni.decoder import FlowDecoder
 from gvu.models.xomni.language import XOmniForCausalLM
 from gvu.models.xomni.vision import VisionTokenizer
 from gvu.probes import understanding
+from gvu.runtime import autocast
 from gvu.sampling import derive_seed
 
 DECODER_STEPS = 6
@@ -82,15 +83,15 @@ def parts(folder: Path, language: Path) -> checkpoint.Parts:
 def pack(folder: Path, home: Path | None = None) -> None:
     """Stage `pack`: write `mini`, `mini-weak`, their shared vision part and the detector into the package's assets."""
     home = home or assets()
-    for name, stage in (("mini", "language"), ("mini-weak", "weak")):
-        checkpoint.save(home / name, parts(folder, folder / stage / f"{name}.safetensors"), shared=SHARED)
+    for name, stage in LAST_STAGE.items():
+        checkpoint.save(home / name, parts(folder, folder / stage / "model.safetensors"), shared=SHARED)
     Detector.load(folder / "detector" / "final").save(home / "mini-detector")
 
 
 def measure() -> dict[str, Any]:
     """Stage `measure`: figures of the shipped files, printed as JSON and written into the model cards."""
     models = {name: cast(XOmni, load(name)) for name in EMBEDDED}
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("auto", torch.device("cpu")):
         figures: dict[str, Any] = {name: _quality(model) for name, model in models.items()}
         shared = models["mini"]
         figures["detector"] = detect.measure(Detector.default(), roundtrip(shared.vision, shared.decoder))
