@@ -21,13 +21,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from timing import machine, table, write_json
 
 from gvu.config import TrainConfig, load_config, to_yaml
 from gvu.errors import GvuError
 from gvu.models.registry import load
-from gvu.probes import understanding
+from gvu.probes import spearman, understanding
 
 BENCHMARKS = ("geneval-mini", "geneval++-mini")
 ENDS = 10
@@ -100,9 +101,10 @@ def understood(model_name: str, adapter: Path | None, cache: Path) -> float:
 def result(config: TrainConfig, folder: Path) -> Results:
     """The figures of one finished run."""
     summary = json.loads((folder / "summary.json").read_text())
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in steps if "reward" in row]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward" in row]
     rewards = [row["reward"] for row in steps]
+    samples = [row["samples/reward"] for row in rows if "samples/reward" in row]
     base = folder.parent / f"understanding-{Path(config.model.name).name}.json"
     return {
         "seed": config.seed,
@@ -120,6 +122,9 @@ def result(config: TrainConfig, folder: Path) -> Results:
         "peak memory GB": max(row["peak_memory_gb"] for row in steps),
         "reward first": fmean(rewards[:ENDS]),
         "reward last": fmean(rewards[-ENDS:]),
+        "samples' reward first": samples[0],
+        "samples' reward last": samples[-1],
+        "samples' reward with step (rank corr.)": spearman(np.array(samples), np.arange(len(samples))),
         "kl last": fmean(row["kl"] for row in steps[-ENDS:]),
         "understanding before": understood(config.model.name, None, base),
         "understanding after": understood(config.model.name, folder / "adapter", folder / "understanding.json"),

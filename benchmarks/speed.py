@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timing import interleave, machine, once, table, write_json
@@ -34,7 +34,7 @@ from gvu.models.xomni.adapter import XOmni
 from gvu.probes import probe_prompts
 from gvu.prompts import load_prompts
 from gvu.reward import Scorer
-from gvu.runtime import keep_memory
+from gvu.runtime import Precision, in_bf16, keep_memory
 from gvu.sampling import Sampling, derive_seed, entropy
 from gvu.trainer import Trainer
 
@@ -116,12 +116,14 @@ def largest_gap(model: XOmni, reading: Reading, texts: Sequence[str]) -> float:
 
 
 def reward(bench: Bench) -> Results:
-    """Our pass against the loops: in fp32 (values compared), under training's bf16, and on a few longer prompts."""
+    """Our pass against the loops: in fp32 (values compared), in bf16 if asked for, and on a few longer prompts."""
     longer = [long_text(bench.model, 64)] * 2
+    exact = replace(bench, bf16=False)
+    half = {"bf16": reward_case(bench, bench.texts, bench.group)} if bench.bf16 else {}
     return {
-        "fp32": reward_case(replace(bench, bf16=False), bench.texts, bench.group),
-        "bf16": reward_case(replace(bench, bf16=True), bench.texts, bench.group),
-        "fp32, long prompts": reward_case(replace(bench, bf16=False), longer, 4),
+        "fp32": reward_case(exact, bench.texts, bench.group),
+        **half,
+        "fp32, long prompts": reward_case(exact, longer, 4),
     }
 
 
@@ -364,7 +366,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--group", type=int, default=8, help="images per prompt G (8)")
     options.add_argument("--rounds", type=int, default=5, help="how often each is timed (5)")
     options.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="of rollout, phases, growth (bf16)"
+        "--precision", choices=get_args(Precision), default="auto", help="of matrix products, as in training (auto)"
     )
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     return options
@@ -375,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     keep_memory()
     texts = tuple(m["prompt"] for m in probe_prompts(args.prompts))
-    model, bf16 = load(args.model), args.precision == "bf16"
+    model = load(args.model)
+    bf16 = in_bf16(args.precision, model.device)
     bench = Bench(model=model, texts=texts, group=args.group, rounds=args.rounds, bf16=bf16)
     results: Results = {"machine": machine(model=args.model, precision=args.precision)}
     print(results["machine"], "\n")

@@ -18,10 +18,12 @@ STEPS = {
     "vision": 2200,
     "decoder": 1100,
     "detector": 1500,
+    "polish": 1000,
     "branch": 400,
     "reader": 900,
-    "weak": 200,
-    "mini": 240,
+    "weak": 320,
+    "painter": 240,
+    "mini": 180,
 }
 """The step that each stage ends at, as shipped; `reader` starts at 400, the others at 0."""
 STAGES = (*STEPS, "pack", "measure")
@@ -60,6 +62,7 @@ def runners() -> dict[str, Callable[[Path, int], object]]:
         "vision": pictures.train_vision,
         "decoder": pictures.train_decoder,
         "detector": pack.train_detector,
+        "polish": pack.polish_detector,
         **language,
         "pack": lambda folder, _: pack.pack(folder),
         "measure": lambda _folder, _steps: pack.measure(),

@@ -19,6 +19,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "vision": pictures.train_vision,
     "decoder": pictures.train_decoder,
     "detector": detect.train_detector,
+    "polish": detect.polish_detector,
 }
 """Stage that sees pictures only -> the function whose `seed` argument it runs with."""
 WHAT = {

@@ -3,7 +3,7 @@
 It learns from the renderer's ground truth: random scenes and true scenes of training prompts. What it will judge are
 reconstructions and drawings, so half of the pictures are damaged (shifted, blurred, noisy, off in colour, with 8x8
 patches exchanged as by wrong image tokens); an object of which too much is destroyed or cut off is dropped from the
-truth, so that half an object scores low. Where a tokenizer and decoder exist, a third of each batch goes through them.
+truth, so that half an object scores low. Where a tokenizer and decoder exist, a part of each batch goes through them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from gvu.geneval import Detection, Metadata
 from gvu.mini.detector import Detector, DetectorConfig, Targets, encode, losses, verdict
 from gvu.mini.grammar import SAMPLERS, SAMPLERS_PP, minimal_edits
 from gvu.mini.icons import sprite
-from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit
+from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit, start_from
 from gvu.mini.pretrain.pictures import pixels
 from gvu.mini.render import GROUND, LATTICE, SIDE, Placed, Scene, random_scene, scene_for
 from gvu.mini.splits import sample_train
@@ -50,21 +50,27 @@ def train_detector(
     batch: int = 48,
     reconstruct: Reconstruct | None = None,
     config: DetectorConfig | None = None,
+    name: str = "detector",
+    lr: float = 3e-3,
+    share: float = 1 / 3,
 ) -> Detector:
-    """Train from the checkpoint in `folder/detector` or from nothing; the result is in `folder/detector/final` too.
+    """Train from the checkpoint in `folder/name` or from nothing; the result is in `folder/name/final` too.
 
     Args:
         folder: the recipe's folder.
         steps: optimizer steps in all.
         seed: weights and pictures.
         batch: pictures a step.
-        reconstruct: pixels through tokenizer and decoder, for a third of each batch; runs in another thread, without
+        reconstruct: pixels through tokenizer and decoder, for a part of each batch; runs in another thread, without
             gradients.
         config: the network's shape.
+        name: the stage.
+        lr: peak learning rate.
+        share: part of each batch that is reconstructed.
     """
     torch.manual_seed(seed)
     detector = Detector(config).to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stream = Prefetch(lambda step: make_batch(seed, step, batch, detector.config, reconstruct))
+    stream = Prefetch(lambda step: make_batch(seed, step, batch, detector.config, reconstruct, share))
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         now = stream(step)
@@ -72,20 +78,34 @@ def train_detector(
         parts = losses(detector(x), now.targets.to(device()), detector.config)
         return torch.stack(list(parts.values())).sum(), {k: float(v.detach()) for k, v in parts.items()}
 
-    fit(detector, loss, FitConfig(steps=steps, lr=3e-3, warmup=min(50, steps // 5 + 1)), folder / "detector")
-    detector.save(folder / "detector" / "final")
+    fit(detector, loss, FitConfig(steps=steps, lr=lr, warmup=min(50, steps // 5 + 1)), folder / name)
+    detector.save(folder / name / "final")
     return detector
+
+
+def polish_detector(folder: Path, steps: int, reconstruct: Reconstruct, seed: int = 19) -> Detector:
+    """Stage `polish`: on from stage `detector` with half of each batch reconstructed.
+
+    Neighbouring colours (red, orange, yellow, brown) come closer in tokenizer and decoder than they are in renders.
+    """
+    start_from(folder / "detector", folder / "polish")
+    return train_detector(folder, steps, seed, reconstruct=reconstruct, name="polish", lr=1e-3, share=1 / 2)
 
 
 @torch.no_grad()
 def make_batch(
-    seed: int, step: int, count: int, config: DetectorConfig, reconstruct: Reconstruct | None = None
+    seed: int,
+    step: int,
+    count: int,
+    config: DetectorConfig,
+    reconstruct: Reconstruct | None = None,
+    share: float = 1 / 3,
 ) -> Batch:
-    """The batch of a step: reconstructions (a third, if there is a decoder), then damaged pictures, then clean ones."""
+    """The batch of a step: reconstructions (`share`, if there is a decoder), then damaged pictures, then clean ones."""
     rng = np.random.default_rng((seed, step))
     scenes = [random_scene(rng) if s % 2 else scene_for(sample_train(rng), rng) for s in range(count)]
     clean = pixels(scenes) * 0.5 + 0.5
-    through = count // 3 if reconstruct else 0
+    through = int(count * share) if reconstruct else 0
     damaged = (count - through) // 2
     images, objects = clean.clone(), [s.objects for s in scenes]
     if reconstruct:

@@ -14,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 from typing import Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gvu.errors import GvuError
 from gvu.runtime import Precision, autocast
 
 B = TypeVar("B")
@@ -134,6 +136,23 @@ def load_stage(folder: Path, module: nn.Module, optimizer: Optimizers) -> int:
     if (folder / "optim.safetensors").is_file():  # a branch starts with weights alone
         optimizer.load(load_file(folder / "optim.safetensors"))
     return int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def start_from(before: Path, home: Path, step: int = 0) -> None:
+    """Lay an earlier stage's weights into a stage's folder, without its optimizer, where nothing is yet.
+
+    Raises:
+        GvuError: the earlier stage has not been run.
+    """
+    if (home / "state.json").is_file():
+        return
+    if not (before / "model.safetensors").is_file():
+        raise GvuError(
+            f"stage {home.name!r} starts from stage {before.name!r}, which {str(before)!r} lacks; run it first"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    copyfile(before / "model.safetensors", home / "model.safetensors")
+    (home / "state.json").write_text(json.dumps({"step": step}))
 
 
 def fit(

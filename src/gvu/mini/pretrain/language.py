@@ -6,11 +6,9 @@ only reading, and from there `weak` still almost only reading (its result is `mi
 is `mini`). Nothing is frozen and no label is noisy.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import copyfile
 
 import numpy as np
 import torch
@@ -18,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from gvu.errors import GvuError
 from gvu.geneval import Clause, Metadata
 from gvu.mini.icons import NATURAL
 from gvu.mini.pretrain import shapes
-from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit, learning_rate
+from gvu.mini.pretrain.fit import FitConfig, Prefetch, device, fit, learning_rate, start_from
 from gvu.mini.pretrain.pictures import load_vision, pixels
 from gvu.mini.pretrain.words import INSTRUCTION, save_tokenizer
 from gvu.mini.render import scene_for
@@ -39,6 +36,7 @@ UNCONDITIONAL = 0.05
 EARLY = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
 READ = {**EARLY, "counting": 3, "colors": 1, "position": 16, "color_attr": 4, "color_count": 4}
 BOTH = {**READ, "colors": 2, "position": 10}
+LAST = {**BOTH, "counting": 5, "colors": 4, "color_attr": 5}
 """Odds of the captions' tags; `color_count` are "a photo of three red cups" captions. From plain counting captions
 alone, of which some counts of each object are held out, the model learns which counts remain instead of counting."""
 
@@ -51,10 +49,11 @@ class Stage:
         after: the stage whose weights it starts from; None is random weights.
         start: its first step; batches depend on (seed, step). How many steps there are is in `pretrain.STEPS`.
         horizon: the step at which its learning rate's cosine ends.
+        warmup: steps, counted from 0, over which the learning rate rises to its peak.
         draw, read: drawing and reading examples a step.
         weights: odds of the captions' tags.
         seed: of the batches.
-        lr: peak learning rate; the first 100 steps from 0 rise to it.
+        lr: peak learning rate.
     """
 
     after: str | None
@@ -65,13 +64,15 @@ class Stage:
     weights: Mapping[str, float]
     seed: int
     lr: float = 2e-3
+    warmup: int = 100
 
 
 LANGUAGE = {
     "branch": Stage(after=None, horizon=1800, draw=24, read=80, weights=EARLY, seed=14),
     "reader": Stage(after="branch", start=400, horizon=900, draw=2, read=96, weights=READ, seed=14),
-    "weak": Stage(after="reader", horizon=200, draw=2, read=96, weights=READ, seed=17, lr=1e-3),
-    "mini": Stage(after="reader", horizon=240, draw=24, read=72, weights=BOTH, seed=18, lr=1e-3),
+    "weak": Stage(after="reader", horizon=320, draw=4, read=96, weights=READ, seed=17, lr=1e-3),
+    "painter": Stage(after="reader", horizon=240, draw=24, read=72, weights=BOTH, seed=18, lr=1e-3),
+    "mini": Stage(after="painter", horizon=180, warmup=20, draw=32, read=64, weights=LAST, seed=20, lr=1e-3),
 }
 """The trajectory as shipped: both checkpoints grow from `reader`."""
 LAST_STAGE = {"mini": "mini", "mini-weak": "weak"}
@@ -199,26 +200,12 @@ def tokenizer_at(folder: Path) -> PreTrainedTokenizerFast:
 def train_language(folder: Path, name: str, steps: int, vision: VisionTokenizer | None = None) -> nn.Module:
     """The stage `name` of the trajectory; `vision` is stage `vision`'s tokenizer, loaded if not given."""
     stage, home, tokenizer = LANGUAGE[name], folder / name, tokenizer_at(folder)
-    begin(folder, name)
+    if stage.after is not None:
+        start_from(folder / stage.after, home, stage.start)
     torch.manual_seed(stage.seed)
     model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME).to(device())
     loss = Drawing(model, (vision or load_vision(folder)).to(device()), Layout(tokenizer), stage)
-    plan = FitConfig(steps=steps, lr=stage.lr, warmup=100, optimizer="muon")
+    plan = FitConfig(steps=steps, lr=stage.lr, warmup=stage.warmup, optimizer="muon")
     scheduled = replace(plan, steps=stage.horizon)
     fit(model, loss, plan, home, rate=lambda step: learning_rate(scheduled, step))
     return model
-
-
-def begin(folder: Path, name: str) -> None:
-    """Lay the earlier stage's weights into a stage's folder, without its optimizer, where nothing is yet."""
-    stage, home = LANGUAGE[name], folder / name
-    if stage.after is None or (home / "state.json").is_file():
-        return
-    before = folder / stage.after / "model.safetensors"
-    if not before.is_file():
-        raise GvuError(
-            f"stage {name!r} goes on from stage {stage.after!r}, and {str(before)!r} is missing; run it first"
-        )
-    home.mkdir(parents=True, exist_ok=True)
-    copyfile(before, home / "model.safetensors")
-    (home / "state.json").write_text(json.dumps({"step": stage.start}))

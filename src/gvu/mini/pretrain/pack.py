@@ -65,6 +65,11 @@ def train_detector(folder: Path, steps: int) -> Detector:
     return detect.train_detector(folder, steps, reconstruct=reconstructor(folder))
 
 
+def polish_detector(folder: Path, steps: int) -> Detector:
+    """Stage `polish`."""
+    return detect.polish_detector(folder, steps, reconstructor(folder))
+
+
 def parts(folder: Path, language: Path) -> checkpoint.Parts:
     """Everything of one checkpoint; `language` is its language model's safetensors file."""
     tokenizer = tokenizer_at(folder)
@@ -85,7 +90,7 @@ def pack(folder: Path, home: Path | None = None) -> None:
     home = home or assets()
     for name, stage in LAST_STAGE.items():
         checkpoint.save(home / name, parts(folder, folder / stage / "model.safetensors"), shared=SHARED)
-    Detector.load(folder / "detector" / "final").save(home / "mini-detector")
+    Detector.load(folder / "polish" / "final").save(home / "mini-detector")
 
 
 def measure() -> dict[str, Any]:
