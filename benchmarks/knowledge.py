@@ -28,7 +28,7 @@ AT_ONCE = 8
 
 
 @torch.no_grad()
-def correlation(model: UnifiedModel, prompts: int, images: int, seed: int) -> Report:
+def correlation(model: UnifiedModel, prompts: int, images: int, seed: int, steps: int | None) -> Report:
     """Rank correlation of the two rewards within a prompt: per tag, and `overall` as the mean over all prompts."""
     metadata = probe_prompts(prompts)
     rows: list[tuple[str, int, float]] = []
@@ -38,7 +38,10 @@ def correlation(model: UnifiedModel, prompts: int, images: int, seed: int) -> Re
         rollout = model.rollout(model.encode_prompts([m["prompt"] for m in part]), images, Sampling(), seeds)
         texts = [[text] for text in rollout.prompts.texts]
         with model.teacher("frozen"):
-            both = [caption_scores(model, model.read(rollout, path), texts)["mean"].view(-1, images) for path in PATHS]
+            both = [
+                caption_scores(model, model.read(rollout, path, steps=steps), texts)["mean"].view(-1, images)
+                for path in PATHS
+            ]
         pairs = zip(*(np.asarray(reward, np.float64) for reward in both), strict=True)
         rows += [(m["tag"], start + p, spearman(a, b)) for p, (m, (a, b)) in enumerate(zip(part, pairs, strict=True))]
     return Report(aggregate(("all", p, rho) for _, p, rho in rows).overall, aggregate(rows).tags)
@@ -63,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--adapter", metavar="DIR", help="a trained adapter: draw by it, read by the frozen base")
     options.add_argument("--prompts", type=int, default=96, help="held-out prompts, tags taking turns (96)")
     options.add_argument("--images", type=int, default=8, help="drawings of each (8)")
+    options.add_argument("--decoder-steps", type=int, metavar="N", help="flow steps (the model's own number)")
     options.add_argument("--seed", type=int, default=77, help="(77)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     return options
@@ -72,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     """Draw, judge, print."""
     args = parser().parse_args(argv)
     model = load(args.model, adapter=args.adapter)
-    known = reward_knowledge(model, PATHS, n_prompts=args.prompts, n_images=args.images, seed=args.seed)
-    both = correlation(model, args.prompts, args.images, args.seed)
+    drawn = {"n_prompts": args.prompts, "n_images": args.images, "seed": args.seed}
+    known = reward_knowledge(model, PATHS, **drawn, decoder_steps=args.decoder_steps)
+    both = correlation(model, args.prompts, args.images, args.seed, args.decoder_steps)
     title = f"{args.model}: {args.prompts} prompts x {args.images} drawings, mean [95% interval]"
     head = ["tag", "share right", *(f"pairs in order, {path}" for path in PATHS), "rank correlation"]
     print(table(title, head, list(lines([known.accuracy, *(known.order[path] for path in PATHS), both]))))
@@ -82,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         f"(right, wrong) pairs: {counts['tokens']}; correlation over all drawings at once {known.spearman_pooled:.3f}"
     )
     print("overall: unweighted mean of the tags; of the correlation, mean over prompts")
-    about = machine(model=args.model, prompts=args.prompts, images=args.images, seed=args.seed)
+    about = machine(model=args.model, prompts=args.prompts, images=args.images, seed=args.seed,
+                    decoder_steps=args.decoder_steps)  # fmt: skip
     write_json(args.json, {"machine": about, **known.as_dict(), "correlation": asdict(both)})
 
 
