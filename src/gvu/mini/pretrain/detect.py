@@ -218,7 +218,7 @@ def _noise(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    detector: Detector, reconstruct: Reconstruct | None = None, n_per_tag: int = 200, seed: int = 99
+    detector: Detector, reconstruct: Reconstruct | None = None, n_per_tag: int = 500, seed: int = 99
 ) -> dict[str, dict[str, Shares]]:
     """Detector and rules against prompts that are true, or by one edit false, of rendered scenes.
 
