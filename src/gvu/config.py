@@ -156,7 +156,7 @@ class OptimConfig(Component):
         micro_batch: images of one backward pass; does not change the result.
     """
 
-    lr: float = bounded(5e-4, "at least 0")
+    lr: float = bounded(7e-4, "at least 0")
     beta1: float = bounded(0.9, "at least 0 and below 1")
     beta2: float = bounded(0.999, "at least 0 and below 1")
     weight_decay: float = bounded(0.0, "at least 0")
@@ -214,7 +214,7 @@ class TrainConfig(Component):
         output: the run's folder; {model} and {time} are filled in.
     """
 
-    steps: int = bounded(150, "at least 1")
+    steps: int = bounded(165, "at least 1")
     seed: int = bounded(0, "at least 0")
     precision: Precision = "auto"
     output: str = "runs/{model}-{time}"

@@ -12,6 +12,9 @@ from gvu.errors import GvuError
 MINI_TRAIN = "mini-train"
 MINI_TRAIN_DEFAULT = 1000
 """How many prompts `mini-train` has when no limit is given."""
+MINI_TRAIN_WEIGHTS = {"two_object": 2, "counting": 2, "colors": 2, "position": 4, "color_attr": 1}
+"""Its odds of the tags: most where a group's images differ in what is right. Of single objects nearly all images are,
+of coloured pairs nearly none, and a group that agrees has nothing to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def _mini_train(n: int, seed: int, weights: Mapping[str, float] | None) -> Itera
     from gvu.mini.splits import train_prompt_list
 
     try:
-        return iter([dict(m) for m in train_prompt_list(n, seed, weights or None)])
+        return iter([dict(m) for m in train_prompt_list(n, seed, weights or MINI_TRAIN_WEIGHTS)])
     except ValueError as error:
         raise GvuError(f"{MINI_TRAIN}: {error}") from None
 

@@ -24,7 +24,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 """Stage that sees pictures only -> the function whose `seed` argument it runs with."""
 WHAT = {
     "mini": "The normal base: it reads well and draws worse. GvU starts here.",
-    "mini-weak": "Trained to read, with few drawing examples: it draws badly. `mini` goes on from it.",
+    "mini-weak": "Trained to read, with few drawing examples: it draws badly.",
 }
 
 
