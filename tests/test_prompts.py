@@ -1,11 +1,12 @@
 """Prompt sources, good and bad."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from gvu.errors import GvuError
-from gvu.prompts import MINI_TRAIN_DEFAULT, load_prompts
+from gvu.prompts import MINI_TRAIN_DEFAULT, MINI_TRAIN_WEIGHTS, load_prompts
 
 
 def write(folder: Path, name: str, data: str | bytes) -> str:
@@ -37,6 +38,12 @@ def test_mini_train_is_seeded_and_carries_metadata() -> None:
     assert [p.text for p in first] != [p.text for p in other]
     assert all(p.metadata and p.metadata["tag"] and "prompt" not in p.metadata for p in first)
     assert len(load_prompts("mini-train")) == MINI_TRAIN_DEFAULT
+
+
+def test_mini_train_has_the_tags_in_which_groups_disagree() -> None:
+    counts = Counter(str((p.metadata or {})["tag"]) for p in load_prompts("mini-train"))
+    assert set(counts) == set(MINI_TRAIN_WEIGHTS)
+    assert counts["position"] > counts["two_object"] > counts["color_attr"]
 
 
 def test_mini_train_weights(tmp_path: Path) -> None:
