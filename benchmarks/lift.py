@@ -98,6 +98,16 @@ def understood(model_name: str, adapter: Path | None, cache: Path) -> float:
     return float(json.loads(cache.read_text())["mean"]["overall"]["value"])
 
 
+def course(samples: Sequence[float]) -> Results:
+    """How the reward of the sample prompts, always the same, went."""
+    rising = spearman(np.array(samples), np.arange(len(samples)))
+    return {
+        "samples' reward first": samples[0],
+        "samples' reward last": samples[-1],
+        "samples' reward with step (rank corr.)": rising,
+    }
+
+
 def result(config: TrainConfig, folder: Path) -> Results:
     """The figures of one finished run."""
     summary = json.loads((folder / "summary.json").read_text())
@@ -122,9 +132,7 @@ def result(config: TrainConfig, folder: Path) -> Results:
         "peak memory GB": max(row["peak_memory_gb"] for row in steps),
         "reward first": fmean(rewards[:ENDS]),
         "reward last": fmean(rewards[-ENDS:]),
-        "samples' reward first": samples[0],
-        "samples' reward last": samples[-1],
-        "samples' reward with step (rank corr.)": spearman(np.array(samples), np.arange(len(samples))),
+        **(course(samples) if samples else {}),
         "kl last": fmean(row["kl"] for row in steps[-ENDS:]),
         "understanding before": understood(config.model.name, None, base),
         "understanding after": understood(config.model.name, folder / "adapter", folder / "understanding.json"),

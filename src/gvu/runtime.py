@@ -24,7 +24,7 @@ def in_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether `precision` means bf16 on this device.
 
     A CPU without bf16 instructions emulates them: a training step of the mini model then takes 12 times as long as in
-    fp32 (measured on AVX2), where with them it takes a third.
+    fp32 (measured on AVX2; `gvu train --dry-run precision=bf16` against `precision=fp32`).
     """
     if precision != "auto":
         return precision == "bf16"

@@ -1,5 +1,5 @@
-"""Stages `branch`, `reader`, `weak`, `mini`: the language model learns to draw (caption -> codes) and to read
-(codes -> caption).
+"""Stages `branch`, `reader`, `weak`, `painter`, `mini`: the language model learns to draw (caption -> codes) and to
+read (codes -> caption).
 
 Each stage goes on from the weights of another, with a fresh optimizer. `branch` shows both directions, `reader` almost
 only reading. From there `weak` still shows almost only reading (the result is `mini-weak`), `painter` and `mini` show
