@@ -20,7 +20,7 @@ from gvu.mini.splits import (
     geneval_mini,
     genevalpp_mini,
     sample_train,
-    train_prompt_list,
+    train_prompts,
 )
 from gvu.mini.vocabulary import COLORS, NUMBERS, OBJECTS
 
@@ -138,17 +138,22 @@ def test_the_split_never_changes():
 
 
 def test_prompt_lists_are_deterministic_and_free_of_reordered_twins():
-    prompts = train_prompt_list(3000, seed=1)
-    assert prompts == train_prompt_list(3000, seed=1)
-    assert prompts != train_prompt_list(3000, seed=2)
-    assert len({read(m["prompt"]) for m in prompts}) == 3000
-    assert {m["tag"] for m in train_prompt_list(100, 0, {"position": 1})} == {"position"}
+    odds = {"position": 1, "color_attr": 2}
+    prompts = train_prompts(900, seed=1, weights=odds)
+    assert prompts == train_prompts(900, seed=1, weights=odds)
+    assert prompts != train_prompts(900, seed=2, weights=odds)
+    assert len({read(m["prompt"]) for m in prompts}) == 900
 
 
-def test_asking_for_more_prompts_than_there_are_or_odd_weights_is_refused():
-    assert len(train_prompt_list(43, 0, {"counting": 1})) == 43
-    with pytest.raises(ValueError, match="only about 43"):
-        train_prompt_list(44, 0, {"counting": 1})
+def test_a_small_tag_keeps_its_share_by_starting_over():
+    tags = Counter(m["tag"] for m in train_prompts(1000, seed=0, weights={"counting": 1, "position": 1}))
+    assert abs(tags["counting"] - 500) < 60
+    times = Counter(m["prompt"] for m in train_prompts(43 * 3, seed=0, weights={"counting": 1}))
+    assert len(times) == 43
+    assert set(times.values()) == {3}
+
+
+def test_odd_weights_are_refused():
     for weights in ({"dogs": 1}, {"counting": 0}, {"counting": -1, "colors": 3}, {}):
         with pytest.raises(ValueError, match="tag"):
             sample_train(np.random.default_rng(0), weights)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from gvu.errors import GvuError
 from gvu.mini.pretrain import STEPS, runners
 from gvu.mini.pretrain.fit import FitConfig, fit, start_from
-from gvu.mini.pretrain.language import LANGUAGE, LAST_STAGE, trajectory
+from gvu.mini.pretrain.language import LANGUAGE, LAST_STAGE, Stage, examples, trajectory
 from gvu.models.registry import EMBEDDED
 
 
@@ -58,3 +58,22 @@ def test_a_stage_without_its_predecessor_says_which_to_run(tmp_path: Path) -> No
     with pytest.raises(GvuError, match=r"stage 'mini' starts from stage 'painter', which .* lacks; run it first"):
         start_from(tmp_path / "painter", tmp_path / "mini")
     assert not (tmp_path / "mini").exists()
+
+
+def test_drawing_and_reading_examples_have_their_own_odds() -> None:
+    stage = Stage(
+        after=None, horizon=9, draw=6, read=5, weights={"counting": 1}, draw_weights={"two_object": 1}, seed=3
+    )
+    texts, pixels = examples(stage, 4)
+    again, same = examples(stage, 4)
+    assert len(texts) == len(pixels) == 11
+    assert all(" and " in text for text in texts[:6])
+    assert not any(" and " in text for text in texts[6:])
+    assert texts == again
+    assert torch.equal(pixels, same)
+    assert examples(stage, 5)[0] != texts
+
+
+def test_one_set_of_odds_shares_its_pictures_between_drawing_and_reading() -> None:
+    stage = Stage(after=None, horizon=9, draw=6, read=5, weights={"counting": 1}, seed=3)
+    assert len(examples(stage, 0)[0]) == 6

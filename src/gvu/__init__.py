@@ -9,7 +9,15 @@ Names are imported when first used, so that `gvu --help` does not wait for torch
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; see __getattr__
+    from gvu.api import Images, Score, load, score
+    from gvu.config import TrainConfig, load_config
+    from gvu.errors import GvuError
+    from gvu.evaluation import evaluate
+    from gvu.sampling import Sampling
+    from gvu.trainer import TrainSummary, train
 
 __version__ = "0.1.0"
 

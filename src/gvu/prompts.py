@@ -67,10 +67,10 @@ def _prompt(index: int, record: dict[str, Any]) -> Prompt:
 
 
 def _mini_train(n: int, seed: int, weights: Mapping[str, float] | None) -> Iterator[dict[str, Any]]:
-    from gvu.mini.splits import train_prompt_list
+    from gvu.mini.splits import train_prompts
 
     try:
-        return iter([dict(m) for m in train_prompt_list(n, seed, weights or MINI_TRAIN_WEIGHTS)])
+        return iter([dict(m) for m in train_prompts(n, seed, weights or MINI_TRAIN_WEIGHTS)])
     except ValueError as error:
         raise GvuError(f"{MINI_TRAIN}: {error}") from None
 

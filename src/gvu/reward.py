@@ -6,7 +6,7 @@ GvU (arXiv 2603.06043): R = (prod_j p(T_j | I, T_<j)) ^ (1/T) = exp(mean_j log p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gvu.config import RewardConfig
 from gvu.errors import GvuError
+from gvu.geneval import Metadata
 from gvu.models.base import Reading, TextScore, UnifiedModel
 from gvu.sampling import derive_seed
 
@@ -143,7 +144,7 @@ def edited_texts(text: str, metadata: Mapping[str, Any] | None) -> list[str]:
     from gvu.mini.grammar import minimal_edits
 
     rng = np.random.default_rng(list(text.encode()))
-    edits = [m["prompt"] for m in minimal_edits({**metadata, "prompt": text}, rng, n=EDITS)]
+    edits = [m["prompt"] for m in minimal_edits(cast(Metadata, {**metadata, "prompt": text}), rng, n=EDITS)]
     return [edits[k % len(edits)] for k in range(EDITS)]
 
 

@@ -21,7 +21,7 @@ every other tag, only never alone. Of GenEval++ nothing is trained on: 140 promp
 it. All draws are `rng.integers` of a PCG64 generator with a constant seed.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from functools import cache
@@ -50,7 +50,8 @@ TRAIN_WEIGHTS: Mapping[str, float] = {
 """Default odds of the tags in `sample_train`."""
 
 Key = tuple[Hashable, ...]
-MAX_MISSES = 20_000
+MAX_MISSES = 2_000
+"""Draws in a row without a new composition after which a tag starts over."""
 
 
 def canonical(metadata: Metadata) -> Key:
@@ -111,24 +112,30 @@ def sample_train(rng: np.random.Generator, weights: Mapping[str, float] | None =
             return metadata
 
 
-def train_prompt_list(n: int, seed: int, weights: Mapping[str, float] | None = None) -> list[Metadata]:
-    """`n` training prompts of different compositions, in random order of tags.
+def train_prompts(n: int, seed: int, weights: Mapping[str, float] | None = None) -> list[Metadata]:
+    """`n` training prompts with the odds of the tags as given.
 
-    Tags with few compositions run dry first (see the table above) and then leave their share to the others.
+    Within a tag all compositions come once before one comes again: there are 43 counting prompts, so that a list with
+    200 of them holds each four or five times.
 
     Raises:
-        GvuError: the weighted tags have fewer than `n` compositions.
+        GvuError: an unknown tag, or no positive weight.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    found: dict[Key, Metadata] = {}
-    misses = 0
-    while len(found) < n:
-        metadata = sample_train(rng, weights)
-        misses = misses + 1 if canonical(metadata) in found else 0
-        found.setdefault(canonical(metadata), metadata)
-        if misses > MAX_MISSES:
-            raise GvuError(f"asked for {n} different training prompts, these tags have only about {len(found)}")
-    return list(found.values())
+    odds = TRAIN_WEIGHTS if weights is None else weights
+    taken: defaultdict[str, set[Key]] = defaultdict(set)
+    return [_next_of(tag, rng, taken[tag]) for tag in (_pick_tag(rng, odds) for _ in range(n))]
+
+
+def _next_of(tag: str, rng: np.random.Generator, taken: set[Key]) -> Metadata:
+    """A prompt of the tag whose composition is not taken; when none is found all are free again."""
+    for _ in range(MAX_MISSES):
+        metadata = sample_train(rng, {tag: 1})
+        if canonical(metadata) not in taken:
+            taken.add(canonical(metadata))
+            return metadata
+    taken.clear()
+    return _next_of(tag, rng, taken)
 
 
 def _pick_tag(rng: np.random.Generator, weights: Mapping[str, float]) -> str:

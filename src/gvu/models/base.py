@@ -6,11 +6,11 @@ The method (rollout, score, update) only ever talks to `UnifiedModel`; it never 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -327,7 +327,7 @@ class UnifiedModel(ABC):
         return self.language
 
     @contextmanager
-    def teacher(self, mode: Teacher) -> Iterator[None]:
+    def teacher(self, mode: Teacher) -> Generator[None]:
         """Inside, the parameters are the teacher's: adapter off (`frozen`), as they are (`current`), or averaged
         (`ema`)."""
         has_adapter = isinstance(self.language, PeftModel)
@@ -336,7 +336,7 @@ class UnifiedModel(ABC):
             yield
 
     @contextmanager
-    def _frozen(self) -> Iterator[None]:
+    def _frozen(self) -> Generator[None]:
         own = set(self.trainable())
         try:
             with self._peft().disable_adapter():
@@ -346,7 +346,7 @@ class UnifiedModel(ABC):
                 p.requires_grad_(n in own)
 
     @contextmanager
-    def merged(self) -> Iterator[None]:
+    def merged(self) -> Generator[None]:
         """Inside, the adapter is folded into the weights (in the autocast dtype) and costs nothing; outside they are
         as before.
 
@@ -366,15 +366,16 @@ class UnifiedModel(ABC):
         kind = self.device.type
         for module in self.language.modules():
             if isinstance(module, LoraLayer):
-                layer = module.get_base_layer()
+                lora: Any = module
+                layer = lora.get_base_layer()
                 yield layer, layer.weight.data
-                whole = layer.weight.data + sum(module.get_delta_weight(name) for name in module.active_adapters)
+                whole = layer.weight.data + sum(lora.get_delta_weight(name) for name in lora.active_adapters)
                 layer.weight.data = (
                     whole.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else whole
                 )
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged(self) -> Generator[None]:
         if not self._ema:
             raise GvuError("the EMA teacher has no weights yet; call update_ema() after add_lora()")
         own = self.trainable()

@@ -129,8 +129,14 @@ Recipe: `gvu mini pretrain all --out DIR`.
 
 
 def _stage(name: str, stage: Stage, until: int) -> list[object]:
-    odds = ", ".join(f"{tag} {weight:g}" for tag, weight in stage.weights.items())
+    odds = _odds(stage.weights)
+    if stage.draw_weights is not None:
+        odds = f"drawing: {_odds(stage.draw_weights)}; reading: {odds}"
     return [name, f"{stage.start:,}-{until:,}", stage.seed, f"{stage.lr:g}", stage.draw, stage.read, odds]
+
+
+def _odds(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{tag} {weight:g}" for tag, weight in weights.items())
 
 
 def _interval(part: Figures) -> str:

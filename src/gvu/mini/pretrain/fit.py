@@ -9,7 +9,7 @@ Batches are functions of (seed, step), so a resumed run sees what the uninterrup
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,7 +239,7 @@ class Prefetch(Generic[B]):
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Generator[None]:
     """Inside, torch uses `count` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -25,7 +25,7 @@ from gvu.mini.pretrain.words import INSTRUCTION, save_tokenizer
 from gvu.mini.render import scene_for
 from gvu.mini.splits import sample_train
 from gvu.mini.vocabulary import COLORS, OBJECTS, number, plural
-from gvu.models import attention
+from gvu.models.xomni.checkpoint import token_id
 from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
 from gvu.models.xomni.vision import VisionTokenizer
 
@@ -52,6 +52,7 @@ class Stage:
         warmup: steps, counted from 0, over which the learning rate rises to its peak.
         draw, read: drawing and reading examples a step.
         weights: odds of the captions' tags.
+        draw_weights: of the drawing examples' captions, where these differ.
         seed: of the batches.
         lr: peak learning rate.
     """
@@ -62,6 +63,7 @@ class Stage:
     draw: int
     read: int
     weights: Mapping[str, float]
+    draw_weights: Mapping[str, float] | None = None
     seed: int
     lr: float = 2e-3
     warmup: int = 100
@@ -87,14 +89,13 @@ def trajectory(name: str) -> list[str]:
 
 def config_for(tokenizer: PreTrainedTokenizerFast) -> XOmniConfig:
     """The mini language model's configuration; its text vocabulary is what the tokenizer has before `<MM-Token-0>`."""
-    text = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
     return XOmniConfig(
         **shapes.LANGUAGE,
-        vocab_size=text,
+        vocab_size=token_id(tokenizer, "<MM-Token-0>"),
         mm_vocab_size=shapes.CODES + 16,
         image_vocab_size=shapes.CODES,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=token_id(tokenizer, str(tokenizer.eos_token)),
+        pad_token_id=token_id(tokenizer, str(tokenizer.pad_token)),
         bos_token_id=None,
     )
 
@@ -111,13 +112,10 @@ class Layout:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = self.encode(chat)
-        cut = ids.index(tokenizer.convert_tokens_to_ids("<IMAGE>")) + 1
+        cut = ids.index(token_id(tokenizer, "<IMAGE>")) + 1
         self.before, self.after = ids[:cut], ids[cut:]
-        self.end, self.pad, self.base = (
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            tokenizer.convert_tokens_to_ids("<MM-Token-0>"),
-        )
+        marks = (str(tokenizer.eos_token), str(tokenizer.pad_token), "<MM-Token-0>")
+        self.end, self.pad, self.base = (token_id(tokenizer, mark) for mark in marks)
 
     def draw(self, texts: Sequence[str | None], codes_S_A: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, labels) of drawing examples, right-padded; a None text is the unconditional twin."""
@@ -156,11 +154,21 @@ def sample_caption(rng: np.random.Generator, weights: Mapping[str, float]) -> Me
     return {"tag": "color_count", "include": [clause], "prompt": prompt}
 
 
-def batch_of(seed: int, step: int, count: int, weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
-    """Captions and pictures of `count` training scenes that depend on (seed, step) only."""
-    rng = np.random.default_rng((seed, step))
+def batch_of(seed: tuple[int, ...], count: int, weights: Mapping[str, float]) -> tuple[list[str], Tensor]:
+    """Captions and pictures of `count` training scenes, a function of the seed."""
+    rng = np.random.default_rng(seed)
     metadata = [sample_caption(rng, weights) for _ in range(count)]
     return [m["prompt"] for m in metadata], pixels([scene_for(m, rng) for m in metadata])
+
+
+def examples(stage: Stage, step: int) -> tuple[list[str], Tensor]:
+    """Captions and pictures of a step. Its first `draw` are to be drawn, its last `read` to be read; where both have
+    the same odds, the two overlap."""
+    if stage.draw_weights is None:
+        return batch_of((stage.seed, step), max(stage.draw, stage.read), stage.weights)
+    drawn, drawn_pixels = batch_of((stage.seed, step, 0), stage.draw, stage.draw_weights)
+    read, read_pixels = batch_of((stage.seed, step, 1), stage.read, stage.weights)
+    return drawn + read, torch.cat([drawn_pixels, read_pixels])
 
 
 class Drawing:
@@ -168,8 +176,7 @@ class Drawing:
 
     def __init__(self, model: XOmniForCausalLM, vision: VisionTokenizer, layout: Layout, stage: Stage) -> None:
         self.model, self.vision, self.layout, self.stage = model, vision.eval(), layout, stage
-        count = max(stage.draw, stage.read)
-        self.batch = Prefetch(lambda step: batch_of(stage.seed, step, count, stage.weights))
+        self.batch = Prefetch(lambda step: examples(stage, step))
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of a step and its two parts."""
@@ -203,7 +210,7 @@ def train_language(folder: Path, name: str, steps: int, vision: VisionTokenizer 
     if stage.after is not None:
         start_from(folder / stage.after, home, stage.start)
     torch.manual_seed(stage.seed)
-    model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME).to(device())
+    model = XOmniForCausalLM.untrained(config_for(tokenizer)).to(device())  # pyright: ignore[reportArgumentType]
     loss = Drawing(model, (vision or load_vision(folder)).to(device()), Layout(tokenizer), stage)
     plan = FitConfig(steps=steps, lr=stage.lr, warmup=stage.warmup, optimizer="muon")
     scheduled = replace(plan, steps=stage.horizon)

@@ -15,7 +15,6 @@ from gvu.mini.pretrain import detect, shapes
 from gvu.mini.pretrain.card import card, config_of
 from gvu.mini.pretrain.language import LAST_STAGE, config_for, tokenizer_at
 from gvu.mini.pretrain.pictures import load_vae, load_vision, make_decoder, scale_latents
-from gvu.models import attention
 from gvu.models.registry import EMBEDDED, assets, load
 from gvu.models.xomni import checkpoint
 from gvu.models.xomni.adapter import XOmni
@@ -73,7 +72,7 @@ def polish_detector(folder: Path, steps: int) -> Detector:
 def parts(folder: Path, language: Path) -> checkpoint.Parts:
     """Everything of one checkpoint; `language` is its language model's safetensors file."""
     tokenizer = tokenizer_at(folder)
-    model = XOmniForCausalLM._from_config(config_for(tokenizer), attn_implementation=attention.NAME)
+    model = XOmniForCausalLM.untrained(config_for(tokenizer))
     model.load_state_dict(load_file(language))
     return checkpoint.Parts(
         language=model.eval(),

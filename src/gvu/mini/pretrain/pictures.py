@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,15 +40,15 @@ def pictures(seed: int, count: int) -> Prefetch[Tensor]:
 def train_vae(folder: Path, steps: int, seed: int = 11, batch: int = 24) -> AutoencoderKL:
     """Stage `vae`: a small AutoencoderKL (4x down, 8 channels), L1 + L2 on pixels and a light KL."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(**shapes.VAE).to(device(), memory_format=torch.channels_last)
+    vae = AutoencoderKL(**shapes.VAE).to(device(), memory_format=torch.channels_last)  # pyright: ignore
     stream = pictures(seed, batch)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         x = stream(step).to(device(), memory_format=torch.channels_last)
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        posterior = vae.encode(x).latent_dist
+        posterior = cast(AutoencoderKLOutput, vae.encode(x)).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(x)
-        y = vae.decode(z).sample.float()
+        y = cast(DecoderOutput, vae.decode(z)).sample.float()
         l2, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
         return l1 + l2 + 1e-4 * posterior.kl().mean() / 2048, {"l1": float(l1.detach()), "mse": float(l2.detach())}
 
@@ -157,7 +160,7 @@ def scale_latents(vae: AutoencoderKL, seed: int = 16) -> None:
     scenes."""
     x = pixels(scenes(seed, 0, 256)).to(device())
     with torch.no_grad():
-        z = vae.encode(x).latent_dist.mean
+        z = cast(AutoencoderKLOutput, vae.encode(x)).latent_dist.mean
     vae.register_to_config(shift_factor=round(float(z.mean()), 5), scaling_factor=round(1.0 / float(z.std()), 5))
 
 
@@ -170,7 +173,7 @@ def make_decoder(vae: AutoencoderKL) -> FlowDecoder:
 def train_decoder(folder: Path, steps: int, seed: int = 13, batch: int = 48) -> FlowDecoder:
     """Stage `decoder`: rectified flow from noise to VAE latents given the token latents of stage `vision`."""
     torch.manual_seed(seed)
-    vae, tokenizer = load_vae(folder).to(device()), load_vision(folder).to(device())
+    vae, tokenizer = load_vae(folder).to(device()), load_vision(folder).to(device())  # pyright: ignore
     scale_latents(vae)
     decoder = make_decoder(vae).to(device())
     vae.requires_grad_(False)

@@ -37,11 +37,11 @@ class XOmni(UnifiedModel):
     def __init__(self, parts: checkpoint.Parts, device: str | torch.device = "cpu") -> None:
         super().__init__()
         self.device = torch.device(device)
-        self.language = parts.language.to(self.device).eval().requires_grad_(False)
+        self.language = parts.language.to(self.device).eval().requires_grad_(False)  # pyright: ignore
         self.config = parts.language.config
         self.vision = parts.vision.to(self.device).eval().requires_grad_(False)
         self.tokenizer, self.parts, self._decoder = parts.tokenizer, parts, None
-        self.special = {t: self.tokenizer.convert_tokens_to_ids(t) for t in ("<SOM>", "<EOM>", "<IMAGE>")}
+        self.special = {t: checkpoint.token_id(self.tokenizer, t) for t in ("<SOM>", "<EOM>", "<IMAGE>")}
         self.capabilities = Capabilities(
             policy="ar",
             reads=frozenset({"tokens", "pixels"}),
@@ -114,7 +114,9 @@ class XOmni(UnifiedModel):
         for a in range(actions):
             law = log_law(self._guided(logits, sampling), sampling)
             code = draw(law, uniform[:, a]) if sampling.temperature else law.argmax(-1)
-            codes.append(code), logps.append(law.gather(1, code[:, None])[:, 0]), entropies.append(entropy(law))
+            codes.append(code)
+            logps.append(law.gather(1, code[:, None])[:, 0])
+            entropies.append(entropy(law))
             if a + 1 < actions:
                 logits = engine.step(code.repeat(2) if guided else code)
         return Rollout(
@@ -147,7 +149,10 @@ class XOmni(UnifiedModel):
 
     @staticmethod
     def _guided(logits: Tensor, sampling: Sampling) -> Tensor:
-        return logits if sampling.cfg == 1 else guide(*logits.chunk(2), sampling.cfg)
+        if sampling.cfg == 1:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return guide(conditional, unconditional, sampling.cfg)
 
     @torch.no_grad()
     def decode(self, rollout: Rollout, *, steps: int | None = None, cfg: float | None = None) -> Tensor:
@@ -197,7 +202,7 @@ class XOmni(UnifiedModel):
     def answer(self, reading: Reading, question: str, *, max_new_tokens: int = 64) -> list[str]:
         """See `UnifiedModel`; decoding is transformers' own."""
         head = self._with_image(*self._turn_around(reading, question))
-        out = self.language.generate(
+        out = self.language.generate(  # pyright: ignore[reportAttributeAccessIssue]
             head,
             attention_mask=torch.ones_like(head),
             vocabulary="text",
@@ -206,11 +211,11 @@ class XOmni(UnifiedModel):
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
         )
-        return self.tokenizer.batch_decode(out[:, head.shape[1] :], skip_special_tokens=True)
+        return [str(t) for t in self.tokenizer.batch_decode(out[:, head.shape[1] :], skip_special_tokens=True)]
 
     def text_tokens(self, text: str) -> list[str]:
         """See `UnifiedModel`."""
-        return [self.tokenizer.decode([i]) for i in self._ids(text)]
+        return [str(self.tokenizer.decode([i])) for i in self._ids(text)]
 
     def lora_targets(self, scope: str) -> str:
         """Linear layers of the decoder layers; never embeddings, heads, tokenizer or decoder."""
@@ -232,7 +237,7 @@ class XOmni(UnifiedModel):
         """Ids before and after the image codes of the chat turn that asks `instruction`."""
         content = f"<SOM>{grid[0]} {grid[1]}<IMAGE><EOM>\n{instruction}"
         chat = [{"role": "user", "content": content}]
-        ids = self._chat_ids(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        ids = self._chat_ids(str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)))
         cut = ids.index(self.special["<IMAGE>"]) + 1
         return ids[:cut], ids[cut:]
 

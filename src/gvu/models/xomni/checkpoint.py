@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gvu.errors import GvuError, brief
-from gvu.models import attention
 from gvu.models.xomni.decoder import FlowDecoder, XOmniFluxTransformer
 from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
 from gvu.models.xomni.vision import ProjectorConfig, VisionTokenizer, VitConfig
@@ -89,7 +88,7 @@ def load_language(folder: Path, config: XOmniConfig, dtype: torch.dtype) -> XOmn
     """The language model from safetensors, every key and shape checked."""
     _present(folder, "model.safetensors")
     with torch.device("meta"):
-        model = XOmniForCausalLM._from_config(config, attn_implementation=attention.NAME)
+        model = XOmniForCausalLM.untrained(config)
     fill(model, folder / "model.safetensors", dtype)
     rotary = type(model.model.rotary_emb)(config=config)
     model.model.rotary_emb = rotary
@@ -118,6 +117,18 @@ def load_tokenizer(folder: Path, config: XOmniConfig) -> PreTrainedTokenizerFast
             f"the tokenizer of {str(folder)!r} has no chat template, so it cannot read; copy chat_template.jinja too"
         )
     return tokenizer
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token.
+
+    Raises:
+        GvuError: the tokenizer does not know it.
+    """
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(found, int) or found == tokenizer.unk_token_id:
+        raise GvuError(f"the tokenizer has no token {token!r}; take the one that came with the checkpoint")
+    return found
 
 
 def load_vision(folder: Path, encoder: dict[str, Any], codes: int, dtype: torch.dtype) -> VisionTokenizer:
@@ -174,7 +185,7 @@ def load_decoder(folder: Path, decoder: dict[str, Any], dtype: torch.dtype) -> F
     scheduler = _read(
         flux / "scheduler", lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(str(flux), subfolder="scheduler")
     )
-    return FlowDecoder(transformer, vae, scheduler).eval().requires_grad_(False)
+    return FlowDecoder(transformer, vae, cast(FlowMatchEulerDiscreteScheduler, scheduler)).eval().requires_grad_(False)
 
 
 def fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
@@ -202,7 +213,7 @@ def _fit(have: dict[str, torch.Size], wanted: dict[str, torch.Size], path: Path)
 def save(folder: Path, parts: Parts, *, shared: str = ".", dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a checkpoint folder; the vision part goes to `folder / shared` unless it is there already."""
     parts.language.config.vision_config = vision_config(parts, shared)
-    parts.language.to(dtype).save_pretrained(folder)
+    parts.language.to(dtype).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
     parts.tokenizer.save_pretrained(folder)
     home = folder / shared
     if (home / "decoder").exists():

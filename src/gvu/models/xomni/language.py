@@ -11,7 +11,7 @@ W text vocabulary.
 Sources: X-Omni (arXiv 2507.22058); transformers' Qwen2.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -268,6 +268,11 @@ class XOmniForCausalLM(Qwen2PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mm_head = nn.Linear(config.hidden_size, config.mm_vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def untrained(cls, config: XOmniConfig) -> Self:
+        """Random weights, with this package's attention."""
+        return cls._from_config(config, attn_implementation=attention.NAME)
 
     def hidden(
         self,

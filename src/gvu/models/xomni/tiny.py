@@ -5,8 +5,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gvu.models import attention
-from gvu.models.xomni.checkpoint import Parts
+from gvu.models.xomni.checkpoint import Parts, token_id
 from gvu.models.xomni.decoder import FlowDecoder, XOmniFluxTransformer
 from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
 from gvu.models.xomni.vision import ProjectorConfig, VisionTokenizer, VitConfig
@@ -46,23 +45,23 @@ def tiny_language(tokenizer: PreTrainedTokenizerFast) -> XOmniForCausalLM:
         rms_norm_eps=1e-6,
         num_mm_adap_layers=1,
         num_mm_head_layers=1,
-        vocab_size=tokenizer.convert_tokens_to_ids("<MM-Token-0>"),
+        vocab_size=token_id(tokenizer, "<MM-Token-0>"),
         mm_vocab_size=CODES + 8,
         image_vocab_size=CODES,
         initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=token_id(tokenizer, str(tokenizer.pad_token)),
+        eos_token_id=token_id(tokenizer, str(tokenizer.eos_token)),
         bos_token_id=None,
     )
-    return XOmniForCausalLM._from_config(config, attn_implementation=attention.NAME).eval()
+    return XOmniForCausalLM.untrained(config).eval()
 
 
 def tiny_decoder() -> FlowDecoder:
     """Flow decoder of width 16 over a VAE of width 8; 8 pixels per token."""
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(8, 8, 8),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
