@@ -156,7 +156,7 @@ class OptimConfig(Component):
         micro_batch: images of one backward pass; does not change the result.
     """
 
-    lr: float = bounded(7e-4, "at least 0")
+    lr: float = bounded(1e-3, "at least 0")
     beta1: float = bounded(0.9, "at least 0 and below 1")
     beta2: float = bounded(0.999, "at least 0 and below 1")
     weight_decay: float = bounded(0.0, "at least 0")
@@ -173,14 +173,14 @@ class EvalConfig(Component):
 
     Attributes:
         benchmarks: geneval-mini, geneval++-mini, both, or none.
-        images_per_prompt: images drawn for each test prompt.
+        images_per_prompt: images drawn for each test prompt (GenEval draws four).
         seed: seed of those images; the same before and after, so that the difference is paired.
         every: measure every so many steps; 0 is never.
         before_after: measure before the first and after the last step.
     """
 
     benchmarks: tuple[Benchmark, ...] = ("geneval-mini",)
-    images_per_prompt: int = bounded(2, "at least 1")
+    images_per_prompt: int = bounded(4, "at least 1")
     seed: int = bounded(1234, "at least 0")
     every: int = bounded(0, "at least 0")
     before_after: bool = True
@@ -214,7 +214,7 @@ class TrainConfig(Component):
         output: the run's folder; {model} and {time} are filled in.
     """
 
-    steps: int = bounded(165, "at least 1")
+    steps: int = bounded(140, "at least 1")
     seed: int = bounded(0, "at least 0")
     precision: Precision = "auto"
     output: str = "runs/{model}-{time}"

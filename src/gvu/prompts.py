@@ -12,9 +12,9 @@ from gvu.errors import GvuError
 MINI_TRAIN = "mini-train"
 MINI_TRAIN_DEFAULT = 1000
 """How many prompts `mini-train` has when no limit is given."""
-MINI_TRAIN_WEIGHTS = {"two_object": 2, "counting": 2, "colors": 2, "position": 4, "color_attr": 1}
-"""Its odds of the tags: most where a group's images differ in what is right. Of single objects nearly all images are,
-of coloured pairs nearly none, and a group that agrees has nothing to learn from."""
+MINI_TRAIN_WEIGHTS = {"two_object": 3, "counting": 3, "position": 4, "colors": 1}
+"""Its odds of the tags: those in which a group's images differ in what is right. Of single objects nearly all images
+are, of coloured pairs nearly none, and a group that agrees has nothing to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
