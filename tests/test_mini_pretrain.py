@@ -55,8 +55,8 @@ def test_a_stage_starts_from_weights_alone_and_only_once(tmp_path: Path) -> None
 
 
 def test_a_stage_without_its_predecessor_says_which_to_run(tmp_path: Path) -> None:
-    with pytest.raises(GvuError, match=r"stage 'mini' starts from stage 'painter', which .* lacks; run it first"):
-        start_from(tmp_path / "painter", tmp_path / "mini")
+    with pytest.raises(GvuError, match=r"stage 'mini' starts from stage 'weak', which .* lacks; run it first"):
+        start_from(tmp_path / "weak", tmp_path / "mini")
     assert not (tmp_path / "mini").exists()
 
 

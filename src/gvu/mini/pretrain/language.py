@@ -1,9 +1,9 @@
-"""Stages `branch`, `reader`, `weak`, `painter`, `mini`: the language model learns to draw (caption -> codes) and to
-read (codes -> caption).
+"""Stages `branch`, `reader`, `weak`, `mini`: the language model learns to draw (caption -> codes) and to read (codes ->
+caption).
 
 Each stage goes on from the weights of another, with a fresh optimizer. `branch` shows both directions, `reader` almost
-only reading. From there `weak` still shows almost only reading (the result is `mini-weak`), `painter` and `mini` show
-both again. Nothing is frozen and no label is noisy.
+only reading, and so does `weak` (the result is `mini-weak`); `mini` shows both again. Nothing is frozen and no label is
+noisy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,9 @@ UNCONDITIONAL = 0.05
 
 EARLY = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
 READ = {**EARLY, "counting": 3, "colors": 1, "position": 16, "color_attr": 4, "color_count": 4}
-BOTH = {**READ, "colors": 2, "position": 10}
-LAST = {**BOTH, "counting": 5, "colors": 4, "color_attr": 5}
+DRAW = {
+    "single_object": 1, "two_object": 3, "counting": 4, "colors": 4, "position": 8, "color_attr": 4, "color_count": 3,
+}  # fmt: skip
 """Odds of the captions' tags; `color_count` are "a photo of three red cups" captions. From plain counting captions
 alone, of which some counts of each object are held out, the model learns which counts remain instead of counting."""
 
@@ -73,10 +74,11 @@ LANGUAGE = {
     "branch": Stage(after=None, horizon=1800, draw=24, read=80, weights=EARLY, seed=14),
     "reader": Stage(after="branch", start=400, horizon=900, draw=2, read=96, weights=READ, seed=14),
     "weak": Stage(after="reader", horizon=320, draw=4, read=96, weights=READ, seed=17, lr=1e-3),
-    "painter": Stage(after="reader", horizon=240, draw=24, read=72, weights=BOTH, seed=18, lr=1e-3),
-    "mini": Stage(after="painter", horizon=180, warmup=20, draw=32, read=64, weights=LAST, seed=20, lr=1e-3),
+    "mini": Stage(
+        after="weak", horizon=400, warmup=20, draw=30, read=70, weights=READ, draw_weights=DRAW, seed=22, lr=1e-3
+    ),
 }
-"""The trajectory as shipped: both checkpoints grow from `reader`."""
+"""The trajectory as shipped: `mini` goes on from `mini-weak`."""
 LAST_STAGE = {"mini": "mini", "mini-weak": "weak"}
 """Checkpoint -> the stage whose result it is."""
 
