@@ -143,6 +143,7 @@ def test_prompt_lists_are_deterministic_and_free_of_reordered_twins():
     assert prompts == train_prompts(900, seed=1, weights=odds)
     assert prompts != train_prompts(900, seed=2, weights=odds)
     assert len({read(m["prompt"]) for m in prompts}) == 900
+    assert {m["tag"] for m in train_prompts(100, 0, {"position": 1})} == {"position"}
 
 
 def test_a_small_tag_keeps_its_share_by_starting_over():
