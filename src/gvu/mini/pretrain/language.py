@@ -29,7 +29,6 @@ from gvu.models.xomni.checkpoint import token_id
 from gvu.models.xomni.language import XOmniConfig, XOmniForCausalLM
 from gvu.models.xomni.vision import VisionTokenizer
 
-DRAW_LENGTH, READ_TEXT = 24, 32
 UNCONDITIONAL = 0.05
 
 
